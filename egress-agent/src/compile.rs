@@ -1,0 +1,132 @@
+//! From policies to exact map contents. Pure: the same documents give the same [`Ruleset`], whatever their order.
+//!
+//! Two steps, each a module: [`combine`] asks which policies speak for a workload and writes down what they say as a
+//! list of [`Statement`]s; [`flatten`] merges all that cover an address, so that one look-up is the whole answer.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use combine::Combined;
+use egress_common::{Action, RuleId};
+use ipnet::IpNet;
+
+use crate::{
+    policy::{L4, Mode, PolicySet, RuleName},
+    ruleset::{Ruleset, Table, rule_id},
+    workload::Workload,
+};
+
+pub mod combine;
+pub mod flatten;
+mod ports;
+
+/// What a ruleset depends on besides the documents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Context {
+    /// The policy of workloads that no enforcing policy selects.
+    pub node_default: NodeDefault,
+    /// What `dns: { servers: System }` means.
+    pub system_resolvers: Vec<IpAddr>,
+}
+
+/// `builtin/default`: see [`combine`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeDefault {
+    /// Deny, Allow or Audit.
+    pub action: NodeAction,
+    /// Whether it opens loopback addresses.
+    pub loopback: bool,
+    /// Whether it opens the system's resolvers.
+    pub dns: bool,
+}
+
+/// `--default`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub enum NodeAction {
+    /// Only what a `ServiceEntry` names (Istio's `REGISTRY_ONLY`).
+    Deny,
+    /// Everything (Istio's `ALLOW_ANY`).
+    Allow,
+    /// Everything, and what Deny would refuse is reported.
+    Audit,
+}
+
+/// One rule of one view: what it says, of which addresses and ports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Statement {
+    /// Its identity.
+    pub name: RuleName,
+    /// What it does.
+    pub action: Action,
+    /// Each part pairs addresses with ports; the parts are OR-ed.
+    pub parts: Vec<Part>,
+}
+
+/// Some addresses and the ports a statement speaks of there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// OR-ed.
+    pub blocks: Vec<Block>,
+    /// OR-ed.
+    pub ports: Vec<Ports>,
+}
+
+/// Addresses in `cidr` and in none of `except`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Block {
+    /// Where the block begins and ends.
+    pub cidr: IpNet,
+    /// Holes in it.
+    pub except: Vec<IpNet>,
+}
+
+impl From<IpNet> for Block {
+    fn from(cidr: IpNet) -> Self {
+        Self { cidr, except: Vec::new() }
+    }
+}
+
+impl From<IpAddr> for Block {
+    fn from(address: IpAddr) -> Self {
+        IpNet::from(address).into()
+    }
+}
+
+/// A range of ports of one protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    /// TCP or UDP.
+    pub l4: L4,
+    /// First port.
+    pub low: u16,
+    /// Last port, inclusive.
+    pub high: u16,
+}
+
+/// Compiles what the policies say of one workload.
+pub fn compile(policies: &PolicySet, workload: &Workload, context: &Context) -> Ruleset {
+    let view = |mode| combine::combine(policies, workload, context, mode);
+    // The enforcing view always exists: where no policy enforces, the node default does.
+    let enforcing = view(Mode::Enforce).unwrap_or_else(Combined::allow_any);
+    assemble(&enforcing, view(Mode::Audit).as_ref())
+}
+
+/// Flattens both views over one table of rule names, which is sorted as far as the names say and so the same for the
+/// same documents.
+pub(crate) fn assemble(enforcing: &Combined, with_audit: Option<&Combined>) -> Ruleset {
+    let all = enforcing.statements.iter().chain(with_audit.iter().flat_map(|combined| &combined.statements));
+    let names: BTreeSet<&RuleName> = all.map(|statement| &statement.name).collect();
+    let ids: HashMap<&RuleName, RuleId> = names.iter().enumerate().map(|(index, &name)| (name, rule_id(index))).collect();
+    let table = |combined: &Combined| -> Table {
+        let ids: Vec<RuleId> = combined.statements.iter().map(|statement| ids[&statement.name]).collect();
+        flatten::flatten(&combined.statements, &ids, combined.default)
+    };
+    Ruleset {
+        enforcing: table(enforcing),
+        with_audit: with_audit.map(table),
+        rules: names.into_iter().cloned().collect(),
+    }
+}

@@ -1,0 +1,280 @@
+//! Which policies speak for a workload, and what they say together.
+//!
+//! 1. The enforcing view takes the enforcing policies that select the workload. If there are none, the node default
+//!    stands in for them.
+//! 2. The view with Audit takes every policy that selects the workload, as if all of them enforced: what it refuses is
+//!    what would be refused after switching the Audit policies over. It is there only if one of them is an Audit policy,
+//!    or if the node default is Audit and stands in.
+//! 3. An absent field says nothing. Only where no policy of a view speaks does the default of the field hold: `services`
+//!    is then `*/*`, `defaultAction` Deny, `loopback` Allow, `dns` System.
+//! 4. Where several speak, services, allows, denies, loopback and dns unite, and Deny beats Allow as the default.
+//! 5. Statements are heard in this order: denies, then by kind, namespace, name, and place in the document; builtins
+//!    come last. The first that covers a destination decides.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use egress_common::Action;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::{
+    policy::{
+        DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, L4, Mode, NamespaceRef, ObjectName,
+        Peer, PolicySet, PortRange, Resolution, Rule, RuleName, ServiceEntry, ServicePort, ServiceRef, Toggle,
+    },
+    workload::{Workload, selects},
+};
+
+use super::{Block, Context, NodeAction, Part, Ports, Statement};
+
+/// What all policies of a view say together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Combined {
+    /// In the order in which they are heard.
+    pub statements: Vec<Statement>,
+    /// What happens to destinations that no statement covers.
+    pub default: Action,
+    /// The `EgressPolicy` documents that speak; empty where the node default stands in.
+    pub policies: Vec<ObjectName>,
+}
+
+impl Combined {
+    /// The view in which everything is allowed.
+    pub const fn allow_any() -> Self {
+        Self { statements: Vec::new(), default: Action::Allow, policies: Vec::new() }
+    }
+}
+
+/// What the view of `mode` says of a workload; `None` if there is no such view.
+pub fn combine(policies: &PolicySet, workload: &Workload, context: &Context, mode: Mode) -> Option<Combined> {
+    let selecting: Vec<&EgressPolicy> =
+        policies.egress_policies.iter().filter(|policy| selects(policy, workload)).collect();
+    let enforcing: Vec<&EgressPolicy> =
+        selecting.iter().copied().filter(|policy| policy.mode == Mode::Enforce).collect();
+    let default = context.node_default.action;
+    match mode {
+        Mode::Enforce if !enforcing.is_empty() => Some(united(policies, workload, context, &enforcing)),
+        Mode::Enforce => Some(match default {
+            NodeAction::Deny => registry_only(policies, workload, context),
+            NodeAction::Allow | NodeAction::Audit => Combined::allow_any(),
+        }),
+        Mode::Audit if selecting.len() > enforcing.len() => Some(united(policies, workload, context, &selecting)),
+        Mode::Audit => (enforcing.is_empty() && default == NodeAction::Audit)
+            .then(|| registry_only(policies, workload, context)),
+    }
+}
+
+/// `builtin/default` of `--default Deny`: every visible `ServiceEntry`, loopback and the resolvers.
+fn registry_only(policies: &PolicySet, workload: &Workload, context: &Context) -> Combined {
+    let host = policies.egress_policies.is_empty() && workload.pod.is_none();
+    let namespace = workload.pod.as_ref().map_or("default", |pod| &pod.namespace);
+    let visible = |entry: &&ServiceEntry| host || is_visible(entry, namespace);
+    let mut statements: Vec<Statement> =
+        policies.service_entries.iter().filter(visible).flat_map(service_statements).collect();
+    statements.extend(context.node_default.loopback.then(loopback));
+    statements.extend(context.node_default.dns.then(|| dns(&context.system_resolvers)));
+    Combined { statements: ordered(statements), default: Action::Deny, policies: Vec::new() }
+}
+
+fn united(policies: &PolicySet, workload: &Workload, context: &Context, speaking: &[&EgressPolicy]) -> Combined {
+    let mut statements: Vec<Statement> = policies
+        .service_entries
+        .iter()
+        .filter(|entry| is_used(entry, workload, speaking))
+        .flat_map(service_statements)
+        .collect();
+    for policy in speaking {
+        statements.extend(rules(policy, "deny", Action::Deny, &policy.deny));
+        statements.extend(rules(policy, "allow", Action::Allow, &policy.allow));
+    }
+    statements.extend(allows_loopback(speaking).then(loopback));
+    let servers = dns_servers(speaking, &context.system_resolvers);
+    statements.extend((!servers.is_empty()).then(|| dns(&servers)));
+    Combined {
+        statements: ordered(statements),
+        default: default_action(speaking),
+        policies: speaking.iter().map(|policy| policy.object.clone()).collect(),
+    }
+}
+
+/// Stable, so that the statements of a document stay in its order.
+fn ordered(mut statements: Vec<Statement>) -> Vec<Statement> {
+    statements.sort_by(|a, b| rank(a).cmp(&rank(b)));
+    statements
+}
+
+fn rank(statement: &Statement) -> impl Ord + '_ {
+    let (builtin, object) = match &statement.name {
+        RuleName::Document { object, .. } => (None, Some(object)),
+        RuleName::Builtin(name) => (Some(name), None),
+    };
+    (statement.action == Action::Allow, builtin, object)
+}
+
+/// Deny if any policy says so, and where none says anything.
+fn default_action(speaking: &[&EgressPolicy]) -> Action {
+    let mut said = speaking.iter().filter_map(|policy| policy.default_action).peekable();
+    if said.peek().is_some() && said.all(|action| action == DefaultAction::Allow) {
+        Action::Allow
+    } else {
+        Action::Deny
+    }
+}
+
+fn allows_loopback(speaking: &[&EgressPolicy]) -> bool {
+    let mut said = speaking.iter().filter_map(|policy| policy.loopback).peekable();
+    said.peek().is_none() || said.any(|loopback| loopback == Toggle::Allow)
+}
+
+fn dns_servers(speaking: &[&EgressPolicy], system: &[IpAddr]) -> Vec<IpAddr> {
+    let said: Vec<&DnsServers> = speaking.iter().filter_map(|policy| policy.dns_servers.as_ref()).collect();
+    if said.is_empty() {
+        return system.to_vec();
+    }
+    said.into_iter()
+        .flat_map(|servers| match servers {
+            DnsServers::System => system,
+            DnsServers::None => &[],
+            DnsServers::List(list) => list,
+        })
+        .copied()
+        .collect()
+}
+
+/// Whether a policy names the entry among its services, or no policy names any and one of them sees it.
+fn is_used(entry: &ServiceEntry, workload: &Workload, speaking: &[&EgressPolicy]) -> bool {
+    let namespace = |policy: &EgressPolicy| match &workload.pod {
+        Some(pod) => pod.namespace.clone(),
+        None => policy.object.namespace.to_string(),
+    };
+    let said: Vec<_> = speaking.iter().filter(|policy| policy.services.is_some()).collect();
+    if said.is_empty() {
+        return speaking.iter().any(|policy| is_visible(entry, &namespace(policy)));
+    }
+    said.into_iter().any(|policy| {
+        let own = namespace(policy);
+        let named = policy.services.iter().flatten().any(|service| is_named(entry, service, &own));
+        named && is_visible(entry, &own)
+    })
+}
+
+fn is_named(entry: &ServiceEntry, service: &ServiceRef, own: &str) -> bool {
+    let namespace = match &service.namespace {
+        NamespaceRef::Own => *entry.object.namespace == *own,
+        NamespaceRef::Any => true,
+        NamespaceRef::Named(name) => *entry.object.namespace == **name,
+    };
+    namespace && service.name.as_ref().is_none_or(|name| *entry.object.name == **name)
+}
+
+/// `exportTo`: whether a namespace sees an entry.
+pub fn is_visible(entry: &ServiceEntry, namespace: &str) -> bool {
+    match &entry.export_to {
+        ExportTo::All => true,
+        ExportTo::Namespaces(names) => names.iter().any(|name| name == namespace),
+        ExportTo::Nobody => false,
+    }
+}
+
+/// One statement for each port of an entry.
+pub fn service_statements(entry: &ServiceEntry) -> impl Iterator<Item = Statement> {
+    entry.ports.iter().enumerate().map(|(index, port)| Statement {
+        name: RuleName::Document {
+            object: entry.object.clone(),
+            path: format!("ports[{index}]").into(),
+            at: port.at.clone(),
+        },
+        action: Action::Allow,
+        parts: service_parts(entry, port),
+    })
+}
+
+/// What a client dials for a port: its number at the entry's addresses, and the endpoints' own ports at theirs.
+fn service_parts(entry: &ServiceEntry, port: &ServicePort) -> Vec<Part> {
+    let part = |blocks: Vec<Block>, number| Part { blocks, ports: vec![Ports { l4: port.l4, low: number, high: number }] };
+    let addresses: Vec<Block> = entry.addresses.iter().map(|&net| net.into()).collect();
+    let own = (!addresses.is_empty()).then(|| part(addresses, port.number));
+    let endpoints: &[Endpoint] = match entry.resolution {
+        Resolution::None => &[],
+        Resolution::Static | Resolution::Dns | Resolution::DnsRoundRobin | Resolution::DynamicDns => &entry.endpoints,
+    };
+    let dialled = endpoints.iter().filter_map(|endpoint| match endpoint.address {
+        EndpointAddress::Ip(address) => Some(part(vec![address.into()], endpoint_port(endpoint, port))),
+        EndpointAddress::Host(_) | EndpointAddress::Unix(_) | EndpointAddress::Gateway => None,
+    });
+    own.into_iter().chain(dialled).collect()
+}
+
+fn endpoint_port(endpoint: &Endpoint, port: &ServicePort) -> u16 {
+    endpoint.ports.get(&port.name).copied().or(port.target_port).unwrap_or(port.number)
+}
+
+fn rules<'a>(
+    policy: &'a EgressPolicy,
+    field: &'a str,
+    action: Action,
+    rules: &'a [Rule],
+) -> impl Iterator<Item = Statement> {
+    rules.iter().enumerate().map(move |(index, rule)| Statement {
+        name: RuleName::Document {
+            object: policy.object.clone(),
+            path: format!("{field}[{index}]").into(),
+            at: rule.at.clone(),
+        },
+        action,
+        parts: vec![Part { blocks: blocks(rule.to.as_deref()), ports: ports(rule.ports.as_deref()) }],
+    })
+}
+
+/// An absent `to` is every address of both families. A host has addresses only once it is resolved.
+fn blocks(to: Option<&[Peer]>) -> Vec<Block> {
+    let Some(peers) = to else { return every_address() };
+    peers
+        .iter()
+        .filter_map(|peer| match peer {
+            Peer::Cidr { cidr, except } => Some(Block { cidr: *cidr, except: except.clone() }),
+            Peer::Host(_) => None,
+        })
+        .collect()
+}
+
+fn every_address() -> Vec<Block> {
+    vec![IpNet::V4(Ipv4Net::default()).into(), IpNet::V6(Ipv6Net::default()).into()]
+}
+
+/// An absent list is every port of TCP and UDP.
+fn ports(ranges: Option<&[PortRange]>) -> Vec<Ports> {
+    const EVERY: &[PortRange] = &[PortRange { l4: None, low: 0, high: u16::MAX }];
+    ranges
+        .unwrap_or(EVERY)
+        .iter()
+        .flat_map(|range| {
+            let protocols: &[L4] = match range.l4 {
+                Some(L4::Tcp) => &[L4::Tcp],
+                Some(L4::Udp) => &[L4::Udp],
+                None => &[L4::Tcp, L4::Udp],
+            };
+            protocols.iter().map(|&l4| Ports { l4, low: range.low, high: range.high })
+        })
+        .collect()
+}
+
+/// `loopback: Allow`. Linux takes the unspecified addresses for this host (`ip(7)`).
+fn loopback() -> Statement {
+    let blocks = vec![
+        IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)).into(),
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED).into(),
+        IpAddr::V6(Ipv6Addr::LOCALHOST).into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED).into(),
+    ];
+    builtin("loopback", Part { blocks, ports: ports(None) })
+}
+
+/// `dns.servers`: port 53 of UDP and TCP.
+fn dns(servers: &[IpAddr]) -> Statement {
+    let blocks = servers.iter().map(|&address| address.into()).collect();
+    builtin("dns", Part { blocks, ports: ports(Some(&[PortRange { l4: None, low: 53, high: 53 }])) })
+}
+
+fn builtin(name: &'static str, part: Part) -> Statement {
+    Statement { name: RuleName::Builtin(name), action: Action::Allow, parts: vec![part] }
+}

@@ -1,0 +1,246 @@
+//! Flattening: the value of each prefix holds the merged result of every rule that covers it, so one trie look-up is
+//! the whole answer, a /32 never hides the ports of its /8, and deny beats allow at any length.
+//!
+//! 1. Every statement becomes items (some addresses with the same ports) that are switched on at the prefixes they
+//!    begin with, and off at their exceptions.
+//! 2. Sweeping over the sorted prefixes with a stack of open ones gives each prefix the set of items on there. Sets
+//!    are interned: a policy has far fewer distinct sets than prefixes.
+//! 3. Each distinct set cuts the port axis once; equal results are interned again.
+//! 4. Equal halves are joined, and a prefix that says what the prefix around it says is dropped.
+//!
+//! IPv4, `::ffff:0:0/96`, is a root of its own: nothing is inherited into it.
+
+use std::{collections::HashMap, rc::Rc};
+
+use egress_common::{Action, Entries, Entry, Protocol, RuleId, Segment, SegmentList};
+
+use crate::{prefix::Prefix, ruleset::Table};
+
+use super::{
+    Ports, Statement,
+    ports::{Cut, cut},
+};
+
+/// Flattens statements, which are in the order in which they are heard, first to last. `ids` names them.
+pub fn flatten(statements: &[Statement], ids: &[RuleId], default: Action) -> Table {
+    let (items, changes) = itemize(statements);
+    let mut values = Values::new(statements, ids, default);
+    let contents = compact(sweep(changes, &items, &mut values));
+    Table::new(contents, values.entries, values.segments)
+}
+
+/// Addresses that share a statement and its ports.
+struct Item<'a> {
+    rank: u32,
+    ports: &'a [Ports],
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Change {
+    /// Nothing; the prefix is there because it is a root.
+    Root,
+    On(u32),
+    Off(u32),
+}
+
+/// Blocks without exceptions are one item; a block with exceptions is one of its own, since they narrow it alone.
+fn itemize(statements: &[Statement]) -> (Vec<Item<'_>>, Vec<(Prefix, Change)>) {
+    let mut items: Vec<Item<'_>> = Vec::new();
+    let mut changes = vec![(Prefix::V6_ROOT, Change::Root), (Prefix::V4_ROOT, Change::Root)];
+    for (rank, statement) in (0..).zip(statements) {
+        for part in &statement.parts {
+            let mut add = || {
+                items.push(Item { rank, ports: &part.ports });
+                u32::try_from(items.len() - 1).expect("files are bounded below four billion items")
+            };
+            let mut plain = None;
+            for block in &part.blocks {
+                let item = if block.except.is_empty() { *plain.get_or_insert_with(&mut add) } else { add() };
+                changes.push((block.cidr.into(), Change::On(item)));
+                changes.extend(block.except.iter().map(|&net| (net.into(), Change::Off(item))));
+            }
+        }
+    }
+    (items, changes)
+}
+
+/// The value of each prefix at which something changes.
+fn sweep(mut changes: Vec<(Prefix, Change)>, items: &[Item<'_>], values: &mut Values<'_>) -> Vec<(Prefix, u32)> {
+    changes.sort_unstable();
+    let mut sets = Sets::new();
+    let mut open: Vec<(Prefix, u32)> = Vec::new();
+    let mut contents = Vec::new();
+    for group in changes.chunk_by(|a, b| a.0 == b.0) {
+        let prefix = group[0].0;
+        while open.pop_if(|(top, _)| !top.covers(prefix)).is_some() {}
+        let inherited = match open.last() {
+            Some(&(_, set)) if prefix != Prefix::V4_ROOT => set,
+            _ => Sets::EMPTY,
+        };
+        let set = sets.change(inherited, group.iter().map(|&(_, change)| change));
+        open.push((prefix, set));
+        contents.push((prefix, sets.value(set, |set| values.of(set.iter().map(|&item| &items[item as usize])))));
+    }
+    contents
+}
+
+/// Distinct sets of items, each with the index of its value once that is known.
+struct Sets {
+    ids: HashMap<Rc<[u32]>, u32>,
+    known: Vec<(Rc<[u32]>, Option<u32>)>,
+    scratch: Vec<u32>,
+}
+
+impl Sets {
+    const EMPTY: u32 = 0;
+
+    fn new() -> Self {
+        let empty: Rc<[u32]> = Rc::new([]);
+        Self { ids: HashMap::from([(Rc::clone(&empty), Self::EMPTY)]), known: vec![(empty, None)], scratch: Vec::new() }
+    }
+
+    /// The set that differs from `from` by `changes`.
+    fn change(&mut self, from: u32, changes: impl Iterator<Item = Change>) -> u32 {
+        self.scratch.clear();
+        self.scratch.extend_from_slice(&self.known[from as usize].0);
+        for change in changes {
+            match change {
+                Change::Root => {}
+                Change::On(item) => {
+                    if let Err(at) = self.scratch.binary_search(&item) {
+                        self.scratch.insert(at, item);
+                    }
+                }
+                Change::Off(item) => {
+                    if let Ok(at) = self.scratch.binary_search(&item) {
+                        self.scratch.remove(at);
+                    }
+                }
+            }
+        }
+        if let Some(&id) = self.ids.get(self.scratch.as_slice()) {
+            return id;
+        }
+        let (set, id) = (Rc::<[u32]>::from(self.scratch.as_slice()), index(self.known.len()));
+        self.known.push((Rc::clone(&set), None));
+        self.ids.insert(set, id);
+        id
+    }
+
+    fn value(&mut self, id: u32, resolve: impl FnOnce(&[u32]) -> u32) -> u32 {
+        let (set, value) = &mut self.known[id as usize];
+        *value.get_or_insert_with(|| resolve(set))
+    }
+}
+
+/// Distinct trie values and the segments they point to.
+struct Values<'a> {
+    statements: &'a [Statement],
+    ids: &'a [RuleId],
+    default: Action,
+    interned: HashMap<Vec<Cut>, u32>,
+    entries: Vec<Entry>,
+    segments: Vec<Segment>,
+}
+
+impl<'a> Values<'a> {
+    fn new(statements: &'a [Statement], ids: &'a [RuleId], default: Action) -> Self {
+        Self { statements, ids, default, interned: HashMap::new(), entries: Vec::new(), segments: Vec::new() }
+    }
+
+    /// The value of a set of items.
+    fn of<'b>(&mut self, items: impl Iterator<Item = &'b Item<'b>>) -> u32 {
+        let claims: Vec<(u32, Ports)> =
+            items.flat_map(|item| item.ports.iter().map(|&ports| (item.rank, ports))).collect();
+        let cuts = cut(&claims);
+        if let Some(&value) = self.interned.get(&cuts) {
+            return value;
+        }
+        let value = index(self.entries.len());
+        let entry = self.entry(&cuts);
+        self.entries.push(entry);
+        self.interned.insert(cuts, value);
+        value
+    }
+
+    fn entry(&mut self, cuts: &[Cut]) -> Entry {
+        let entries = match cuts {
+            [] => Entries::None,
+            [tcp, udp] if is_every_port(tcp, udp) => {
+                Entries::EveryPort(self.statements[tcp.rank as usize].action, self.ids[tcp.rank as usize])
+            }
+            [one] => Entries::Range(self.segment(one)),
+            several => {
+                let first = index(self.segments.len());
+                let segments: Vec<Segment> = several.iter().map(|cut| self.segment(cut)).collect();
+                self.segments.extend(segments);
+                Entries::Segments(SegmentList { slot: 0, first, count: index(several.len()) })
+            }
+        };
+        Entry::new(entries, self.default)
+    }
+
+    fn segment(&self, cut: &Cut) -> Segment {
+        let rank = cut.rank as usize;
+        Segment::new(cut.protocol, cut.low, cut.high, self.statements[rank].action, self.ids[rank])
+    }
+}
+
+fn is_every_port(tcp: &Cut, udp: &Cut) -> bool {
+    let whole = |cut: &Cut, protocol| cut.protocol == protocol && cut.low == 0 && cut.high == u16::MAX;
+    whole(tcp, Protocol::Tcp) && whole(udp, Protocol::Udp) && tcp.rank == udp.rank
+}
+
+fn index(len: usize) -> u32 {
+    u32::try_from(len).expect("files are bounded below four billion entries")
+}
+
+/// Joins halves that say the same, then drops each prefix that says what the one around it says. The roots stay.
+fn compact(contents: Vec<(Prefix, u32)>) -> Vec<(Prefix, u32)> {
+    let joined = join_siblings(contents);
+    let mut open: Vec<(Prefix, u32)> = Vec::new();
+    let mut kept = Vec::with_capacity(joined.len());
+    for (prefix, value) in joined {
+        while open.pop_if(|(top, _)| !top.covers(prefix)).is_some() {}
+        let redundant = open.last().is_some_and(|&(_, around)| around == value) && !is_root(prefix);
+        if !redundant {
+            open.push((prefix, value));
+            kept.push((prefix, value));
+        }
+    }
+    kept
+}
+
+fn is_root(prefix: Prefix) -> bool {
+    prefix == Prefix::V6_ROOT || prefix == Prefix::V4_ROOT
+}
+
+/// Where both halves of a prefix are there and say the same, they become that prefix. A left half has the address of
+/// the whole, and comes right after it, so the whole takes the place of its left half.
+fn join_siblings(contents: Vec<(Prefix, u32)>) -> Vec<(Prefix, u32)> {
+    let mut slots: Vec<Option<(Prefix, u32)>> = Vec::with_capacity(contents.len());
+    // For each length, where the last prefix of that length went.
+    let mut last = [usize::MAX; 129];
+    for (mut prefix, value) in contents {
+        let mut slot = slots.len();
+        slots.push(Some((prefix, value)));
+        while let (Some(sibling), Some(parent)) = (prefix.sibling(), prefix.parent()) {
+            let left = last[usize::from(prefix.length())];
+            if is_root(prefix) || sibling > prefix || slots.get(left) != Some(&Some((sibling, value))) {
+                break;
+            }
+            let above = last[usize::from(parent.length())];
+            let whole = if slots.get(above).is_some_and(|slot| slot.is_some_and(|(prefix, _)| prefix == parent)) {
+                above
+            } else {
+                left
+            };
+            slots[slot] = None;
+            slots[left] = None;
+            slots[whole] = Some((parent, value));
+            (prefix, slot) = (parent, whole);
+        }
+        last[usize::from(prefix.length())] = slot;
+    }
+    slots.into_iter().flatten().collect()
+}

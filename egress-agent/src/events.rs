@@ -1,0 +1,252 @@
+//! Events: kernel records, completed with what `/proc` and the cgroup tree know, one shape for all readers.
+//!
+//! Fields are only ever added to the shape; what is not known is absent.
+
+use std::{
+    fmt, fs,
+    net::IpAddr,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use egress_common::{Event, Protocol, Verdict};
+use rustix::time::{ClockId, clock_gettime};
+use serde::Serialize;
+
+use crate::{
+    cgroup::{self, CgroupPaths},
+    dataplane::RuleNames,
+    policy::RuleName,
+};
+
+/// A flow that was refused, or would have been.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "type", rename = "connection")]
+pub struct Connection {
+    /// When, RFC 3339 in UTC with nanoseconds.
+    pub time: String,
+    /// `deny` or `would_deny`.
+    pub verdict: &'static str,
+    /// Why.
+    pub reason: &'static str,
+    /// The rule that decided; null if none did.
+    pub rule: Option<RuleName>,
+    /// `TCP`, `UDP`, or the name or number of another IP protocol.
+    pub protocol: String,
+    /// The hook that saw it.
+    pub hook: &'static str,
+    /// What the workload got.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub errno: Option<&'static str>,
+    /// How many alike this line stands for.
+    pub count: u64,
+    /// Where to.
+    pub destination: Destination,
+    /// Who.
+    pub process: Process,
+    /// From which cgroup.
+    pub cgroup: Cgroup,
+    /// The systemd unit of that cgroup.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// The container of that cgroup.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container_id: Option<String>,
+}
+
+/// Where a workload wanted to go.
+#[derive(Debug, Clone, Serialize)]
+pub struct Destination {
+    /// IPv4 where it is IPv4-mapped.
+    pub address: IpAddr,
+    /// TCP or UDP port.
+    pub port: u16,
+}
+
+/// The process that acted.
+#[derive(Debug, Clone, Serialize)]
+pub struct Process {
+    /// In the initial pid namespace.
+    pub pid: u32,
+    /// Its parent, if the process was still there to be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ppid: Option<u32>,
+    /// In the initial user namespace.
+    pub uid: u32,
+    /// In the initial user namespace.
+    pub gid: u32,
+    /// Name of the thread.
+    pub comm: String,
+    /// Its program, if the process was still there to be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exe: Option<PathBuf>,
+    /// Its arguments, if the process was still there to be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<Vec<String>>,
+}
+
+/// The cgroup it acted from.
+#[derive(Debug, Clone, Serialize)]
+pub struct Cgroup {
+    /// Inode number of its directory.
+    pub id: u64,
+    /// From the root of the hierarchy, if it was still there to be found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+}
+
+/// Completes kernel records.
+#[derive(Debug)]
+pub struct Enricher {
+    paths: CgroupPaths,
+    rules: RuleNames,
+}
+
+impl Enricher {
+    /// Names rules by `rules` and cgroups by `paths`.
+    pub fn new(paths: CgroupPaths, rules: RuleNames) -> Self {
+        Self { paths, rules }
+    }
+
+    /// The full story of a record; `None` if it is of another version and cannot be understood.
+    pub fn connection(&mut self, event: &Event) -> Option<Connection> {
+        let (hook, decision) = (event.hook().ok()?, event.decision().ok()?);
+        let process = *event.process();
+        let path = self.paths.path(process.cgroup_id, process.pid).map(PathBuf::from);
+        Some(Connection {
+            time: humantime::format_rfc3339_nanos(wall_time(event.time())).to_string(),
+            verdict: decision.verdict.as_str(),
+            reason: decision.reason.as_str(),
+            rule: decision.rule.and_then(|rule| self.rules.get(rule)),
+            protocol: protocol_name(event.protocol()),
+            hook: hook.as_str(),
+            errno: errno(decision.verdict),
+            count: 1,
+            destination: Destination { address: event.address().to_ip(), port: event.port() },
+            unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
+            container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
+            process: describe(&process, event.time()),
+            cgroup: Cgroup { id: process.cgroup_id, path },
+        })
+    }
+}
+
+const fn errno(verdict: Verdict) -> Option<&'static str> {
+    match verdict {
+        Verdict::Deny => Some("EPERM"),
+        Verdict::Allow | Verdict::WouldDeny => None,
+    }
+}
+
+fn protocol_name(protocol: Protocol) -> String {
+    match protocol {
+        Protocol::Tcp => "TCP".to_owned(),
+        Protocol::Udp => "UDP".to_owned(),
+        Protocol::Other(1) => "ICMP".to_owned(),
+        Protocol::Other(58) => "ICMPv6".to_owned(),
+        Protocol::Other(132) => "SCTP".to_owned(),
+        Protocol::Other(136) => "UDPLITE".to_owned(),
+        Protocol::Other(number) => number.to_string(),
+    }
+}
+
+/// Wall-clock time of an instant given in nanoseconds since boot: as long ago as it is on the boot clock.
+fn wall_time(since_boot: u64) -> SystemTime {
+    SystemTime::now().checked_sub(boot_clock().saturating_sub(Duration::from_nanos(since_boot))).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+fn boot_clock() -> Duration {
+    clock_gettime(ClockId::Boottime).try_into().unwrap_or_default()
+}
+
+/// Adds what `/proc` knows, unless the process is gone and its id belongs to one that started after the event.
+fn describe(process: &egress_common::Process, time: u64) -> Process {
+    let stat = fs::read(format!("/proc/{}/stat", process.pid)).ok().and_then(|stat| Stat::parse(&stat));
+    let stat = stat.filter(|stat| stat.started_by(time));
+    let is_there = stat.is_some();
+    Process {
+        pid: process.pid,
+        ppid: stat.map(|stat| stat.ppid),
+        uid: process.uid,
+        gid: process.gid,
+        comm: text(process.comm.split(|&byte| byte == 0).next().unwrap_or_default()),
+        exe: if is_there { fs::read_link(format!("/proc/{}/exe", process.pid)).ok() } else { None },
+        cmdline: if is_there { cmdline(process.pid) } else { None },
+    }
+}
+
+fn cmdline(pid: u32) -> Option<Vec<String>> {
+    let raw = fs::read(format!("/proc/{pid}/cmdline")).ok().filter(|raw| !raw.is_empty())?;
+    let raw = raw.strip_suffix(b"\0").unwrap_or(&raw);
+    Some(raw.split(|&byte| byte == 0).map(text).collect())
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// What is wanted of `/proc/PID/stat`, by `proc_pid_stat(5)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stat {
+    ppid: u32,
+    /// Clock ticks since boot.
+    start: u64,
+}
+
+impl Stat {
+    /// The name stands in parentheses and may hold anything, parentheses too, so the fields after the last are counted:
+    /// the state is field 3, the parent 4, the start 22.
+    fn parse(stat: &[u8]) -> Option<Self> {
+        let after_name = stat.iter().rposition(|&byte| byte == b')')? + 1;
+        let mut fields = std::str::from_utf8(&stat[after_name..]).ok()?.split_ascii_whitespace();
+        let ppid = fields.nth(1)?.parse().ok()?;
+        let start = fields.nth(17)?.parse().ok()?;
+        Some(Self { ppid, start })
+    }
+
+    fn started_by(&self, time: u64) -> bool {
+        let ticks = rustix::param::clock_ticks_per_second().max(1);
+        self.start.saturating_mul(1_000_000_000 / ticks) <= time
+    }
+}
+
+/// One line for a person.
+impl fmt::Display for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let address = std::net::SocketAddr::new(self.destination.address, self.destination.port);
+        let verdict = self.verdict.to_uppercase();
+        write!(f, "{} {verdict} {} {address} reason={}", self.time, self.protocol, self.reason)?;
+        if let Some(rule) = &self.rule {
+            write!(f, " rule={:?}", rule.to_string())?;
+        }
+        let process = &self.process;
+        write!(f, " comm={:?} pid={} uid={}", process.comm, process.pid, process.uid)?;
+        match &self.cgroup.path {
+            Some(path) => write!(f, " cgroup={}", path.display().to_string().escape_debug()),
+            None => write!(f, " cgroup={}", self.cgroup.id),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_name_with_parentheses_does_not_confuse_the_fields() {
+        let fields = "S 7 1 1 0 -1 4194560 100 0 0 0 0 0 0 0 20 0 1 0 4242 0 0";
+        let stat = format!("42 (a) b (c) {fields}");
+        assert_eq!(Stat::parse(stat.as_bytes()), Some(Stat { ppid: 7, start: 4242 }));
+        for end in 0..stat.len() - 8 {
+            assert_eq!(Stat::parse(&stat.as_bytes()[..end]), None, "{end}");
+        }
+    }
+
+    #[test]
+    fn a_process_that_started_after_the_event_is_another_one() {
+        let own = fs::read("/proc/self/stat").unwrap();
+        let stat = Stat::parse(&own).unwrap();
+        assert!(stat.started_by(u64::try_from(boot_clock().as_nanos()).unwrap()));
+        assert!(!stat.started_by(0));
+    }
+}

@@ -1,0 +1,18 @@
+//! The agent: reads policies, compiles them, puts them in force, and reports what they refuse.
+//!
+//! Text becomes a [`policy::PolicySet`], that a [`ruleset::Ruleset`], and that the contents of kernel maps: one type
+//! for each step. Only [`dataplane`] makes bpf calls; only the binary prints, exits and reads the environment.
+
+pub mod cgroup;
+pub mod cli;
+pub mod compile;
+pub mod dataplane;
+pub mod events;
+pub mod policy;
+pub mod prefix;
+mod report;
+pub mod resolv;
+pub mod ruleset;
+pub mod run;
+mod watch;
+pub mod workload;

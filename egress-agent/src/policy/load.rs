@@ -1,0 +1,220 @@
+//! From paths to a [`PolicySet`]: which files are read, which documents are in them, which objects those are.
+//!
+//! What is wrong inside a file becomes a [`Finding`]; only what keeps the reading from starting is a [`LoadError`].
+//! Bounds: [`MAX_FILE`] for a file, [`MAX_TOTAL`] for all, and those of [`super::yaml`] for a document.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    Kind, ObjectName, PolicySet, Position,
+    code::Code,
+    decode::{Decoder, FieldPath},
+    diagnostic::{Finding, Severity, quoted},
+    egress_policy,
+    object::{Role, role},
+    service_entry,
+    yaml::{Node, Problem, Span, documents},
+};
+
+mod files;
+
+/// Most bytes of one file.
+pub const MAX_FILE: u64 = 64 << 20;
+/// Most bytes of all files together.
+pub const MAX_TOTAL: u64 = 256 << 20;
+
+/// How to read.
+#[derive(Debug, Clone, Default)]
+pub struct LoadOptions {
+    /// Refuse files that others than root can write or replace, as the daemon must.
+    pub require_root_owned: bool,
+}
+
+/// Why nothing could be read.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A path that was named cannot be read.
+    #[error("cannot read {}", path.display())]
+    Unreadable {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+    /// No path was named.
+    #[error("no policy file or directory was named")]
+    NoPath,
+}
+
+/// What was read.
+#[derive(Debug, Clone, Default)]
+pub struct Loaded {
+    /// Every valid document. With errors about, it is not the whole policy.
+    pub policies: PolicySet,
+    /// What is wrong or worth knowing, by file and position.
+    pub findings: Vec<Finding>,
+    /// Uses of fields that this version does not carry out: errors for whoever enforces.
+    pub unbuilt: Vec<Finding>,
+    /// Files that were read.
+    pub files: usize,
+    /// Documents in them, of whatever kind, list items counted one by one.
+    pub documents: usize,
+    /// Every directory in which a change can change the result: for inotify.
+    pub directories: Vec<PathBuf>,
+    /// The text of each file that has findings, for underlining.
+    pub sources: HashMap<Arc<Path>, Arc<str>>,
+}
+
+impl Loaded {
+    /// Whether any document is wrong; the policies are then incomplete.
+    pub fn has_errors(&self) -> bool {
+        self.findings.iter().any(|finding| finding.severity == Severity::Error)
+    }
+
+    /// The text of the file a finding is about.
+    pub fn source(&self, finding: &Finding) -> Option<&str> {
+        self.sources.get(&finding.file).map(AsRef::as_ref)
+    }
+}
+
+/// Reads files and directories. Order and overlap of the paths do not matter.
+pub fn load(paths: &[PathBuf], options: &LoadOptions) -> Result<Loaded, LoadError> {
+    if paths.is_empty() {
+        return Err(LoadError::NoPath);
+    }
+    let mut loader = Loader::default();
+    let mut directories = BTreeSet::new();
+    let mut left = MAX_TOTAL;
+    for found in files::find(paths, options, &mut directories)? {
+        let file: Arc<Path> = Arc::from(found.path.as_path());
+        match files::read(&found, options, &mut left) {
+            Ok(text) => loader.read(&file, &text),
+            Err(files::ReadError::Finding(code, message, help)) => {
+                loader.files += 1;
+                loader.findings.push(Finding::about_file(code, &file, message).with_help(help));
+            }
+            Err(files::ReadError::Named(cause)) => return Err(LoadError::Unreadable { path: found.path, cause }),
+        }
+    }
+    Ok(loader.finish(directories.into_iter().collect()))
+}
+
+/// Reads one text as if it were a file, for whoever has no file.
+pub fn load_text(file_name: impl AsRef<Path>, text: &str) -> Loaded {
+    let mut loader = Loader::default();
+    loader.read(&Arc::from(file_name.as_ref()), text.as_bytes());
+    loader.finish(Vec::new())
+}
+
+#[derive(Default)]
+struct Loader {
+    policies: PolicySet,
+    names: HashMap<ObjectName, Position>,
+    findings: Vec<Finding>,
+    unbuilt: Vec<Finding>,
+    files: usize,
+    documents: usize,
+    sources: HashMap<Arc<Path>, Arc<str>>,
+}
+
+impl Loader {
+    fn read(&mut self, file: &Arc<Path>, bytes: &[u8]) {
+        self.files += 1;
+        let text = match std::str::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(error) => {
+                let finding = not_utf8(file, bytes, error.valid_up_to());
+                self.sources.insert(Arc::clone(file), String::from_utf8_lossy(bytes).into());
+                return self.findings.push(finding);
+            }
+        };
+        let mut decoder = Decoder::new(file);
+        for document in documents(text) {
+            self.documents += usize::from(document.root.is_some() || !document.problems.is_empty());
+            for Problem { code, span, message, help } in document.problems {
+                decoder.push(Finding { help, ..Finding::at(code, file, span, message) });
+            }
+            if let Some(root) = document.root {
+                self.object(&mut decoder, &root, &FieldPath::Root);
+            }
+        }
+        let findings = decoder.into_findings();
+        if !findings.is_empty() {
+            self.sources.insert(Arc::clone(file), text.into());
+        }
+        self.findings.extend(findings);
+    }
+
+    fn object(&mut self, decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) {
+        match role(decoder, node, path) {
+            Role::None => {}
+            Role::List => self.list(decoder, node, path),
+            Role::Policy(Kind::ServiceEntry) => {
+                if let Some(entry) = service_entry::decode(decoder, node, path)
+                    && self.is_new(decoder, &entry.object, node.span, path)
+                {
+                    self.policies.service_entries.push(entry);
+                }
+            }
+            Role::Policy(Kind::EgressPolicy) => {
+                if let Some(policy) = egress_policy::decode(decoder, node, path)
+                    && self.is_new(decoder, &policy.object, node.span, path)
+                {
+                    self.policies.egress_policies.push(policy);
+                }
+            }
+        }
+    }
+
+    fn list(&mut self, decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) {
+        let Some(items) = node.get("items") else {
+            return decoder.missing(Code::MissingField, node.span, &path.field("items"), "a list has `items`");
+        };
+        let path = path.field("items");
+        let items = decoder.items(items, &path).unwrap_or_default();
+        self.documents = (self.documents + items.len()).saturating_sub(1);
+        for (index, item) in items.iter().enumerate() {
+            self.object(decoder, item, &path.item(index));
+        }
+    }
+
+    /// Whether no other document has this name; the second of two is reported.
+    fn is_new(&mut self, decoder: &mut Decoder<'_>, object: &ObjectName, span: Span, path: &FieldPath<'_>) -> bool {
+        let position = decoder.position(span);
+        if let Some(first) = self.names.get(object) {
+            let message = format!("{} exists already, at {first}", quoted(&object.to_string()));
+            let related = Some((first.clone(), "first here"));
+            let finding = Finding::at(Code::DuplicateObject, &position.file, span, message)
+                .with_path(path.field("metadata").field("name").to_string())
+                .with_help("give one of them another name or namespace, or delete it");
+            decoder.push(Finding { related, ..finding });
+            return false;
+        }
+        self.names.insert(object.clone(), position);
+        true
+    }
+
+    fn finish(self, directories: Vec<PathBuf>) -> Loaded {
+        let Self { mut policies, findings, unbuilt, files, documents, sources, .. } = self;
+        policies.service_entries.sort_by(|a, b| a.object.cmp(&b.object));
+        policies.egress_policies.sort_by(|a, b| a.object.cmp(&b.object));
+        Loaded { policies, findings, unbuilt, files, documents, directories, sources }
+    }
+}
+
+fn not_utf8(file: &Arc<Path>, bytes: &[u8], valid: usize) -> Finding {
+    if matches!(bytes, [0xff, 0xfe, ..] | [0xfe, 0xff, ..]) {
+        let finding = Finding::about_file(Code::NotUtf8, file, "the file is UTF-16");
+        return finding.with_help("convert it: iconv -f utf-16 -t utf-8");
+    }
+    let before = String::from_utf8_lossy(&bytes[..valid]);
+    let span = super::yaml::end_of(before.strip_prefix('\u{feff}').unwrap_or(&before));
+    Finding::at(Code::NotUtf8, file, span, format!("the byte 0x{:02X} is not UTF-8 text", bytes[valid]))
+        .with_help("convert the file to UTF-8, for example with iconv")
+}

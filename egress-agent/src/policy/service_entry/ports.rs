@@ -1,0 +1,145 @@
+//! `ports`: what clients dial.
+
+use std::collections::HashMap;
+
+use super::{Code, Decoder, Dialect, FieldPath, Node, Span, quoted};
+use crate::policy::{L4, ServicePort, names::is_dns_label, suggest::choice};
+
+/// Fields of a port.
+const PORT: [&str; 4] = ["number", "protocol", "name", "targetPort"];
+
+/// What Istio can do with a protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    /// Requests name their host.
+    Http,
+    /// The client's greeting names the host.
+    Tls,
+    /// Nothing names the host.
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+/// The protocols that Istio parses: as documents of the model spell them, as Istio spells them, and what they are.
+const PROTOCOLS: [(&str, &str, Family); 12] = [
+    ("TCP", "TCP", Family::Tcp),
+    ("UDP", "UDP", Family::Udp),
+    ("TLS", "TLS", Family::Tls),
+    ("HTTP", "HTTP", Family::Http),
+    ("HTTP2", "HTTP2", Family::Http),
+    ("HTTPS", "HTTPS", Family::Tls),
+    ("HTTP_PROXY", "HTTP_PROXY", Family::Http),
+    ("GRPC", "GRPC", Family::Http),
+    ("GRPC-WEB", "GRPC-Web", Family::Http),
+    ("MONGO", "Mongo", Family::Tcp),
+    ("MYSQL", "MySQL", Family::Tcp),
+    ("REDIS", "Redis", Family::Tcp),
+];
+
+/// A port with what the rules of its entry ask about it.
+pub(super) struct Port {
+    pub service_port: ServicePort,
+    /// `None` when the document names no protocol.
+    pub family: Option<Family>,
+    /// The protocol is absent, or `TCP` in upper case: Istio's rule about addresses looks no further.
+    pub is_plain_tcp: bool,
+    pub span: Span,
+}
+
+/// Reads the list; ports that are wrong are reported and left out.
+pub(super) fn decode(decoder: &mut Decoder<'_>, node: Option<&Node<'_>>, path: &FieldPath<'_>) -> Vec<Port> {
+    let items = node.and_then(|node| decoder.items(node, path)).unwrap_or_default();
+    let (mut names, mut numbers) = (HashMap::new(), HashMap::new());
+    let mut ports = Vec::with_capacity(items.len());
+    for (index, item) in items.iter().enumerate() {
+        let path = path.item(index);
+        let Some((port, number_span, name_span)) = port(decoder, item, &path) else { continue };
+        if let Some(line) = numbers.insert(port.service_port.number, item.span.line) {
+            let message = format!("port {} is listed already, on line {line}", port.service_port.number);
+            let help = "one port number stands for one protocol: delete one of the two";
+            decoder.say(Code::DuplicatePortNumber, number_span, &path.field("number"), message, help);
+        }
+        if let Some(line) = names.insert(port.service_port.name.clone(), item.span.line) {
+            let message = format!("the name {} is taken, on line {line}", quoted(&port.service_port.name));
+            let help = "endpoints refer to ports by name: give each its own";
+            decoder.say(Code::BadPortName, name_span, &path.field("name"), message, help);
+        }
+        ports.push(port);
+    }
+    ports
+}
+
+fn port(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<(Port, Span, Span)> {
+    let fields = decoder.fields(node, path, &PORT, Dialect::Proto)?;
+    let number_node = fields.get("number");
+    let number = match number_node {
+        Some(node) => decoder.port(node, &path.field("number"), Code::BadPortNumber, Dialect::Proto),
+        None => {
+            decoder.missing(Code::BadPortNumber, node.span, &path.field("number"), "write the port that clients dial");
+            None
+        }
+    };
+    let name_node = fields.get("name");
+    let name = match name_node {
+        Some(node) => name(decoder, node, &path.field("name")),
+        None => {
+            decoder.missing(Code::BadPortName, node.span, &path.field("name"), "every port has a name, as `tcp-mysql`");
+            None
+        }
+    };
+    let target_port = match fields.get("targetPort") {
+        Some(node) => Some(decoder.port(node, &path.field("targetPort"), Code::BadTargetPort, Dialect::Proto)),
+        None => None,
+    };
+    let protocol = match fields.get("protocol") {
+        Some(node) => protocol(decoder, node, &path.field("protocol"))?,
+        None => Protocol::ABSENT,
+    };
+    let service_port = ServicePort {
+        name: name?.to_owned(),
+        number: number?,
+        l4: if protocol.family == Some(Family::Udp) { L4::Udp } else { L4::Tcp },
+        app_protocol: protocol.name,
+        target_port: target_port.map_or(Some(None), |port| port.map(Some))?,
+        at: decoder.position(node.span),
+    };
+    let Protocol { family, is_plain_tcp, .. } = protocol;
+    let port = Port { service_port, family, is_plain_tcp, span: node.span };
+    Some((port, number_node?.span, name_node?.span))
+}
+
+fn name<'n>(decoder: &mut Decoder<'_>, node: &'n Node<'n>, path: &FieldPath<'_>) -> Option<&'n str> {
+    let text = decoder.text(node, path)?;
+    if is_dns_label(text) {
+        return Some(text);
+    }
+    let message = format!("{} is not the name of a port", quoted(text));
+    let help = "port names are at most 63 letters, digits and inner `-`";
+    decoder.say(Code::BadPortName, node.span, path, message, help);
+    None
+}
+
+struct Protocol {
+    name: Option<&'static str>,
+    family: Option<Family>,
+    is_plain_tcp: bool,
+}
+
+impl Protocol {
+    const ABSENT: Self = Self { name: None, family: None, is_plain_tcp: true };
+}
+
+fn protocol(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<Protocol> {
+    let text = decoder.text(node, path)?;
+    if text.is_empty() {
+        return Some(Protocol::ABSENT);
+    }
+    let found = PROTOCOLS.iter().find(|(name, _, _)| name.eq_ignore_ascii_case(text));
+    let Some(&(name, _, family)) = found else {
+        let message = format!("unknown protocol {}", quoted(text));
+        decoder.say(Code::UnknownProtocol, node.span, path, message, choice(text, &PROTOCOLS.map(|(_, name, _)| name)));
+        return None;
+    };
+    Some(Protocol { name: Some(name), family: Some(family), is_plain_tcp: text == "TCP" })
+}

@@ -1,0 +1,175 @@
+//! What the kernel is to hold, as values: the last step before [`crate::dataplane`].
+//!
+//! A [`Ruleset`] is logical. It names no map, file descriptor or kernel id, and it answers [`egress_common::decide`]
+//! itself, which is how `explain` and the tests see exactly what the kernel sees.
+
+use std::num::NonZeroU32;
+
+use egress_common::{
+    Action, Address, Decision, Entries, Entry, Flow, Protocol, RuleId, Rules, Scope, Segment, SegmentList, View,
+    decide, find_segment,
+};
+use sha2::{Digest, Sha256};
+use zerocopy::IntoBytes;
+
+use crate::{policy::RuleName, prefix::Prefix};
+
+/// The rules of one scope.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ruleset {
+    /// The rules that the views name: rule `n` of a view is element `n - 1`.
+    pub rules: Vec<RuleName>,
+    /// Decides what happens.
+    pub enforcing: Table,
+    /// All policies together; there only if an Audit policy has a part in it.
+    pub with_audit: Option<Table>,
+}
+
+impl Ruleset {
+    /// Judges a flow as the kernel would.
+    pub fn decide(&self, flow: &Flow) -> Decision {
+        decide(self, flow)
+    }
+
+    /// The name of the rule that decided.
+    pub fn rule(&self, decision: &Decision) -> Option<&RuleName> {
+        decision.rule.and_then(|rule| self.name(rule))
+    }
+
+    /// The name of a rule of this ruleset.
+    pub fn name(&self, rule: RuleId) -> Option<&RuleName> {
+        self.rules.get(usize::try_from(rule.0.get() - 1).ok()?)
+    }
+
+    /// SHA-256 over all that decides: equal for documents that mean the same, wherever they are written.
+    pub fn hash(&self) -> [u8; 32] {
+        let mut hasher = Sha256::new();
+        for rule in &self.rules {
+            hasher.update(rule.to_string());
+            hasher.update([0]);
+        }
+        for table in [Some(&self.enforcing), self.with_audit.as_ref()] {
+            hasher.update([u8::from(table.is_some())]);
+            if let Some(table) = table {
+                table.hash(&mut hasher);
+            }
+        }
+        hasher.finalize().into()
+    }
+
+    /// The views there are, with the index each has in the `POLICY` map.
+    pub fn views(&self) -> impl Iterator<Item = (View, &Table)> {
+        let scope = Scope::DEFAULT;
+        let with_audit = self.with_audit.as_ref().map(|table| (scope.with_audit(), table));
+        [(scope.enforcing(), &self.enforcing)].into_iter().chain(with_audit)
+    }
+
+    fn table(&self, view: View) -> Option<&Table> {
+        self.views().find_map(|(index, table)| (index == view).then_some(table))
+    }
+}
+
+/// Both views in one [`Rules`]: the slot of a segment list, which is 0 in a [`Table`], becomes the index of its view.
+impl Rules for Ruleset {
+    fn entry(&self, view: View, address: Address) -> Option<Entry> {
+        let slot = u16::try_from(view.index()).ok()?;
+        Some(in_slot(self.table(view)?.entry(address), slot))
+    }
+
+    fn segment(&self, list: SegmentList, protocol: Protocol, port: u16) -> Option<Segment> {
+        let (_, table) = self.views().find(|(view, _)| view.index() == u32::from(list.slot))?;
+        let get = |index: u32| table.segments.get(usize::try_from(list.first + index).ok()?).copied();
+        get(find_segment(list.count, protocol, port, get)?)
+    }
+}
+
+/// The same value, with its segments in another slot of the `SEGMENTS` map.
+pub fn in_slot(entry: Entry, slot: u16) -> Entry {
+    match (entry.entries(), entry.default_action()) {
+        (Ok(Entries::Segments(list)), Ok(default)) => {
+            Entry::new(Entries::Segments(SegmentList { slot, ..list }), default)
+        }
+        _ => entry,
+    }
+}
+
+/// One view: the contents of a trie and of its segments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// Sorted; `::/0` and `::ffff:0:0/96` are always there, so every look-up hits.
+    prefixes: Vec<Prefix>,
+    /// For each prefix, the index of its value.
+    value_of: Vec<u32>,
+    /// For each prefix, the index of the longest shorter one that covers it; its own for a root.
+    parents: Vec<u32>,
+    /// The distinct values; segment lists are in slot 0.
+    values: Vec<Entry>,
+    segments: Vec<Segment>,
+}
+
+impl Table {
+    /// The view in which everything is allowed.
+    pub fn allow_any() -> Self {
+        let roots = vec![(Prefix::V6_ROOT, 0), (Prefix::V4_ROOT, 0)];
+        Self::new(roots, vec![Entry::new(Entries::None, Action::Allow)], Vec::new())
+    }
+
+    /// From sorted prefixes with the roots among them, each with the index of its value.
+    pub(crate) fn new(contents: Vec<(Prefix, u32)>, values: Vec<Entry>, segments: Vec<Segment>) -> Self {
+        let (prefixes, value_of): (Vec<Prefix>, Vec<u32>) = contents.into_iter().unzip();
+        Self { parents: parents(&prefixes), prefixes, value_of, values, segments }
+    }
+
+    /// Every prefix with its value, sorted by address and then from short to long.
+    pub fn entries(&self) -> impl ExactSizeIterator<Item = (Prefix, u32)> {
+        self.prefixes.iter().copied().zip(self.value_of.iter().copied())
+    }
+
+    /// The distinct values that [`Table::entries`] points to.
+    pub fn values(&self) -> &[Entry] {
+        &self.values
+    }
+
+    /// What the segment lists of the values point to.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The longest prefix that covers an address: the last that begins at or before it, or one around that.
+    fn entry(&self, address: Address) -> Entry {
+        let bits = address.to_bits();
+        let mut index = self.prefixes.partition_point(|prefix| prefix.bits() <= bits) - 1;
+        while !self.prefixes[index].contains(address) {
+            index = self.parents[index] as usize;
+        }
+        self.values[self.value_of[index] as usize]
+    }
+
+    fn hash(&self, hasher: &mut Sha256) {
+        hasher.update((self.prefixes.len() as u64).to_be_bytes());
+        for (prefix, value) in self.entries() {
+            hasher.update(prefix.key().as_bytes());
+            hasher.update(value.to_be_bytes());
+        }
+        hasher.update((self.values.len() as u64).to_be_bytes());
+        hasher.update(self.values.as_bytes());
+        hasher.update(self.segments.as_bytes());
+    }
+}
+
+fn parents(prefixes: &[Prefix]) -> Vec<u32> {
+    let mut open: Vec<u32> = Vec::new();
+    let mut parents = Vec::with_capacity(prefixes.len());
+    for (index, &prefix) in (0..).zip(prefixes) {
+        while open.pop_if(|&mut top| !prefixes[top as usize].covers(prefix)).is_some() {}
+        parents.push(open.last().copied().unwrap_or(index));
+        open.push(index);
+    }
+    parents
+}
+
+/// The id of the rule at a place of [`Ruleset::rules`].
+pub(crate) fn rule_id(index: usize) -> RuleId {
+    let number = u32::try_from(index + 1).ok().and_then(NonZeroU32::new);
+    RuleId(number.expect("documents hold fewer than four billion rules: files are bounded"))
+}

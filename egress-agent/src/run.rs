@@ -1,0 +1,327 @@
+//! The daemon: puts the policies in force, reports what they refuse, and follows their files.
+//!
+//! Order at start: policy read and compiled, kernel probed, maps filled, programs attached, READY. Afterwards a policy
+//! that cannot be read leaves the last good one in force.
+
+use std::{
+    io::{self, IsTerminal},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use sd_notify::NotifyState;
+use thiserror::Error;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::{Instant, Interval, interval, sleep_until},
+};
+
+use crate::{
+    cgroup::{self, Cgroup, CgroupError, CgroupPaths},
+    cli::{LogLevel, Output, RunArgs},
+    compile::{Context, NodeDefault, combine::service_statements, compile},
+    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog},
+    events::Enricher,
+    policy::{
+        PolicySet,
+        diagnostic::Severity,
+        load::{LoadError, LoadOptions, Loaded, load},
+    },
+    report::Reporter,
+    resolv,
+    ruleset::Ruleset,
+    watch::Watch,
+    workload::Workload,
+};
+
+/// Why the agent ended before it was asked to.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// The policy paths cannot be read.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The documents are invalid; each error is already printed.
+    #[error("the policy is invalid: {errors} error(s), nothing is enforced")]
+    Invalid {
+        /// How many.
+        errors: usize,
+    },
+    /// The cgroup cannot be had.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// The kernel cannot be brought to enforce.
+    #[error(transparent)]
+    Dataplane(#[from] DataplaneError),
+    /// Something of the system failed.
+    #[error("{what}")]
+    System {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+impl RunError {
+    /// The exit status that the command line promises.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Load(_) | Self::Invalid { .. } => 1,
+            Self::Cgroup(CgroupError::NotFound { .. } | CgroupError::NotCgroup2 { .. }) => 2,
+            Self::Cgroup(_) | Self::Dataplane(_) | Self::System { .. } => 4,
+        }
+    }
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
+    move |cause| RunError::System { what, cause }
+}
+
+/// How long changes are gathered before the policy is read again.
+const DEBOUNCE: Duration = Duration::from_millis(100);
+/// How soon a policy that could not be read is tried again without any change being noticed.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Runs until SIGTERM or SIGINT.
+pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
+    let mut signals = Signals::new()?;
+    let mut source = Source::new(args)?;
+    let (loaded, ruleset) = source.read()?;
+    dataplane::probe()?;
+    let mount = cgroup::mount_point()?;
+    let cgroup = Cgroup::open(&args.cgroup, &mount)?;
+    let mut dataplane = Dataplane::prepare(object, kernel_log(log))?;
+    let applied = dataplane.apply(&ruleset)?;
+    let reporter = start_reports(&mut dataplane, mount, args.output)?;
+    dataplane.attach(&cgroup.directory, &cgroup.path)?;
+    announce(&applied, &loaded, &cgroup.path);
+    let mut state = State { dataplane, ruleset, generation: applied.generation };
+    state.follow(&mut source, &mut signals).await?;
+    tracing::info!("asked to stop: detaching");
+    drop(state);
+    reporter.finish();
+    Ok(())
+}
+
+const fn kernel_log(log: LogLevel) -> KernelLog {
+    match log {
+        LogLevel::Debug => KernelLog::Debug,
+        LogLevel::Error | LogLevel::Warn | LogLevel::Info => KernelLog::Off,
+    }
+}
+
+fn start_reports(dataplane: &mut Dataplane, mount: PathBuf, output: Option<Output>) -> Result<Reporter, RunError> {
+    let enricher = Enricher::new(CgroupPaths::new(mount), dataplane.rule_names());
+    let output = output.unwrap_or(if io::stdout().is_terminal() { Output::Text } else { Output::Json });
+    let (events, log) = (dataplane.take_events()?, dataplane.take_log());
+    Reporter::start(events, log, enricher, output).map_err(system("cannot start to report denials"))
+}
+
+/// Tells whoever waits: the log, and systemd.
+fn announce(applied: &Applied, loaded: &Loaded, cgroup: &Path) {
+    let Applied { generation, rules, prefixes, segments } = *applied;
+    let (documents, cgroup) = (loaded.documents, cgroup.display());
+    tracing::info!(generation, documents, rules, prefixes, segments, %cgroup, "policy applied");
+    notify(&[NotifyState::Ready, NotifyState::Status(&format!("generation {generation}"))]);
+}
+
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(%error, "cannot notify the service manager");
+    }
+}
+
+/// Where policies come from.
+struct Source {
+    paths: Vec<PathBuf>,
+    options: LoadOptions,
+    node_default: NodeDefault,
+    watch: Watch,
+    /// A directory was not watched when it was read last, so it is to be read once more.
+    unsure: bool,
+}
+
+impl Source {
+    fn new(args: &RunArgs) -> Result<Self, RunError> {
+        Ok(Self {
+            paths: args.policies.clone(),
+            options: LoadOptions { require_root_owned: !args.allow_writable_policies, ..LoadOptions::default() },
+            node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
+            watch: Watch::new().map_err(system("cannot watch policy files"))?,
+            unsure: false,
+        })
+    }
+
+    /// Reads and compiles. The directories are watched before it returns.
+    fn read(&mut self) -> Result<(Loaded, Ruleset), RunError> {
+        let parents = self.paths.iter().filter_map(|path| path.parent());
+        let parents = parents.map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
+        self.watch.add(parents).map_err(system("cannot watch policy files"))?;
+        let loaded = load(&self.paths, &self.options)?;
+        let directories = loaded.directories.iter().map(PathBuf::as_path);
+        self.unsure = self.watch.add(directories).map_err(system("cannot watch policy files"))?;
+        report_findings(&loaded);
+        let errors = loaded.findings.iter().filter(|finding| finding.severity == Severity::Error).count();
+        if errors > 0 {
+            return Err(RunError::Invalid { errors });
+        }
+        warn_of_names(&loaded.policies);
+        let resolv_conf = Path::new(resolv::RESOLV_CONF);
+        let system_resolvers = resolv::resolvers(resolv_conf).map_err(system("cannot read /etc/resolv.conf"))?;
+        let context = Context { node_default: self.node_default, system_resolvers };
+        let ruleset = compile(&loaded.policies, &Workload::default(), &context);
+        Ok((loaded, ruleset))
+    }
+}
+
+fn report_findings(loaded: &Loaded) {
+    for finding in &loaded.findings {
+        let (code, file, line, column) = (finding.code.as_str(), &finding.file, finding.line, finding.column);
+        let (path, help) = (&finding.path, finding.help.as_deref().unwrap_or_default());
+        let file = file.display();
+        match finding.severity {
+            Severity::Error => tracing::error!(%code, %file, line, column, %path, help, "{}", finding.message),
+            Severity::Warning => tracing::warn!(%code, %file, line, column, %path, help, "{}", finding.message),
+            Severity::Note => tracing::info!(%code, %file, line, column, %path, help, "{}", finding.message),
+        }
+    }
+}
+
+/// Names are not resolved: an entry that has nothing else opens nothing.
+fn warn_of_names(policies: &PolicySet) {
+    for entry in &policies.service_entries {
+        if service_statements(entry).all(|statement| statement.parts.is_empty()) {
+            let hosts: Vec<String> = entry.hosts.iter().map(ToString::to_string).collect();
+            tracing::warn!(
+                entry = %entry.object, at = %entry.at, hosts = hosts.join(","),
+                "names are not resolved: this entry has no addresses and opens nothing"
+            );
+        }
+    }
+}
+
+/// What is in force.
+struct State {
+    dataplane: Dataplane,
+    ruleset: Ruleset,
+    generation: u64,
+}
+
+impl State {
+    /// Follows the files until a signal ends it.
+    async fn follow(&mut self, source: &mut Source, signals: &mut Signals) -> Result<(), RunError> {
+        let mut due = source.unsure.then(Instant::now);
+        let mut watchdog = Watchdog::new();
+        loop {
+            let mut look_again = false;
+            tokio::select! {
+                _ = signals.terminate.recv() => return Ok(()),
+                _ = signals.interrupt.recv() => return Ok(()),
+                _ = signals.hangup.recv() => look_again = true,
+                () = at(due) => look_again = true,
+                () = watchdog.tick() => {}
+                changed = source.watch.changed() => {
+                    changed.map_err(system("cannot watch policy files"))?;
+                    due = due.or(Some(Instant::now() + DEBOUNCE));
+                }
+            }
+            if look_again {
+                let read = self.reload(source);
+                due = match (read, source.unsure) {
+                    (Err(()), _) => Some(Instant::now() + RETRY),
+                    (Ok(()), true) => Some(Instant::now() + DEBOUNCE),
+                    (Ok(()), false) => None,
+                };
+            }
+        }
+    }
+
+    /// Reads the policy again and puts it in force if it says something else. An error leaves the old one.
+    fn reload(&mut self, source: &mut Source) -> Result<(), ()> {
+        if let Ok(now) = NotifyState::monotonic_usec_now() {
+            notify(&[NotifyState::Reloading, now]);
+        }
+        let result = self.read_and_apply(source);
+        let status = match &result {
+            Ok(()) => format!("generation {}", self.generation),
+            Err(error) => {
+                let cause = chain(error);
+                tracing::error!(error = %cause, generation = self.generation, "the last good policy stays in force");
+                format!("generation {}; {cause}", self.generation)
+            }
+        };
+        notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+        result.map_err(drop)
+    }
+
+    fn read_and_apply(&mut self, source: &mut Source) -> Result<(), RunError> {
+        let (loaded, ruleset) = source.read()?;
+        if ruleset == self.ruleset {
+            tracing::info!(generation = self.generation, "policy unchanged");
+            return Ok(());
+        }
+        let applied = self.dataplane.apply(&ruleset)?;
+        let Applied { generation, rules, prefixes, segments } = applied;
+        tracing::info!(generation, documents = loaded.documents, rules, prefixes, segments, "policy applied");
+        self.ruleset = ruleset;
+        self.generation = generation;
+        Ok(())
+    }
+}
+
+/// An error with all its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The signals that `run` answers.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, RunError> {
+        let listen = |kind| signal(kind).map_err(system("cannot listen for signals"));
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hangup: listen(SignalKind::hangup())?,
+        })
+    }
+}
+
+/// Tells systemd that the agent is alive, twice as often as it asks (`sd_watchdog_enabled(3)`).
+struct Watchdog(Option<Interval>);
+
+impl Watchdog {
+    fn new() -> Self {
+        Self(sd_notify::watchdog_enabled().map(|timeout| interval(timeout / 2)))
+    }
+
+    async fn tick(&mut self) {
+        match &mut self.0 {
+            Some(interval) => {
+                interval.tick().await;
+                notify(&[NotifyState::Watchdog]);
+            }
+            None => std::future::pending().await,
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! A workload as policies see it, and which policies select it.
+
+use std::collections::BTreeMap;
+
+use crate::policy::{EgressPolicy, LabelOperator, LabelRequirement, PodSelector, Selector, User};
+
+/// What is known of a workload. A selector of a kind that is not known here does not match.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Workload {
+    /// Path below the cgroup2 mount, without a leading slash; empty is the root cgroup.
+    pub cgroup: Option<String>,
+    /// The systemd unit it belongs to.
+    pub unit: Option<String>,
+    /// The pod it belongs to.
+    pub pod: Option<Pod>,
+    /// The user it runs as.
+    pub user: Option<UserIdentity>,
+}
+
+/// A Kubernetes pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// The labels of its namespace.
+    pub namespace_labels: BTreeMap<String, String>,
+}
+
+/// A user of the initial user namespace: number, name, or both.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UserIdentity {
+    /// The number.
+    pub uid: Option<u32>,
+    /// The name in `/etc/passwd`.
+    pub name: Option<String>,
+}
+
+/// Whether a policy selects a workload: any of its selectors does, or it has none.
+pub fn selects(policy: &EgressPolicy, workload: &Workload) -> bool {
+    match &policy.workloads {
+        None => true,
+        Some(selectors) => selectors.iter().any(|selector| matches(selector, workload)),
+    }
+}
+
+fn matches(selector: &Selector, workload: &Workload) -> bool {
+    match selector {
+        Selector::Cgroup(pattern) => workload.cgroup.as_deref().is_some_and(|path| cgroup_matches(pattern, path)),
+        Selector::Unit(pattern) => workload.unit.as_deref().is_some_and(|unit| glob(pattern, unit)),
+        Selector::Pod(selector) => workload.pod.as_ref().is_some_and(|pod| pod_matches(selector, pod)),
+        Selector::User(user) => workload.user.as_ref().is_some_and(|identity| user_matches(user, identity)),
+    }
+}
+
+/// A pattern covers what it matches and everything below: it need only match the path up to some slash. `/` is the
+/// root cgroup alone.
+fn cgroup_matches(pattern: &str, path: &str) -> bool {
+    let (pattern, path) = (pattern.trim_matches('/'), path.trim_matches('/'));
+    if pattern.is_empty() {
+        return path.is_empty();
+    }
+    let ends = path.match_indices('/').map(|(at, _)| at).chain([path.len()]);
+    ends.into_iter().any(|end| glob_path(pattern, &path[..end]))
+}
+
+/// A glob in which `*` and `?` stay within one component of the path; `**` stands for any number of components.
+fn glob_path(pattern: &str, path: &str) -> bool {
+    fn components(pattern: &[&str], path: &[&str]) -> bool {
+        match (pattern.split_first(), path.split_first()) {
+            (None, None) => true,
+            (Some((&"**", rest)), _) => (0..=path.len()).any(|skip| components(rest, &path[skip..])),
+            (Some((first, rest)), Some((name, below))) => glob(first, name) && components(rest, below),
+            _ => false,
+        }
+    }
+    let pattern: Vec<&str> = pattern.split('/').collect();
+    let path: Vec<&str> = path.split('/').collect();
+    components(&pattern, &path)
+}
+
+/// A glob over one name: `*` for any characters, `?` for one. Linear but for the last star, to which it returns.
+fn glob(pattern: &str, name: &str) -> bool {
+    let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
+    let (mut p, mut n) = (0, 0);
+    let mut star: Option<(usize, usize)> = None;
+    while n < name.len() {
+        match pattern.get(p) {
+            Some('*') => {
+                star = Some((p, n));
+                p += 1;
+            }
+            Some(&c) if c == '?' || c == name[n] => {
+                p += 1;
+                n += 1;
+            }
+            _ => match star {
+                Some((at, from)) => {
+                    star = Some((at, from + 1));
+                    p = at + 1;
+                    n = from + 1;
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[p..].iter().all(|&c| c == '*')
+}
+
+fn pod_matches(selector: &PodSelector, pod: &Pod) -> bool {
+    let namespace = selector.namespaces.as_ref().is_none_or(|names| names.contains(&pod.namespace));
+    let namespace_labels = selector.namespace_labels.as_ref().is_none_or(|wanted| has(&pod.namespace_labels, wanted));
+    namespace
+        && namespace_labels
+        && has(&pod.labels, &selector.match_labels)
+        && selector.match_expressions.iter().all(|requirement| meets(&pod.labels, requirement))
+}
+
+fn has(labels: &BTreeMap<String, String>, wanted: &BTreeMap<String, String>) -> bool {
+    wanted.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+fn meets(labels: &BTreeMap<String, String>, requirement: &LabelRequirement) -> bool {
+    let value = labels.get(&requirement.key);
+    let listed = value.is_some_and(|value| requirement.values.contains(value));
+    match requirement.operator {
+        LabelOperator::In => listed,
+        LabelOperator::NotIn => !listed,
+        LabelOperator::Exists => value.is_some(),
+        LabelOperator::DoesNotExist => value.is_none(),
+    }
+}
+
+fn user_matches(user: &User, identity: &UserIdentity) -> bool {
+    match user {
+        User::Uid(uid) => identity.uid == Some(*uid),
+        User::Name(name) => identity.name.as_ref() == Some(name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_pattern_covers_the_children_of_what_it_matches() {
+        assert!(cgroup_matches("system.slice/nginx.service", "system.slice/nginx.service"));
+        assert!(cgroup_matches("system.slice/nginx.service", "/system.slice/nginx.service/worker/1"));
+        assert!(!cgroup_matches("system.slice/nginx.service", "system.slice/nginx.service2"));
+        assert!(!cgroup_matches("system.slice/nginx.service", "system.slice"));
+        assert!(cgroup_matches("system.slice/*.service", "system.slice/a.service/b"));
+        assert!(!cgroup_matches("*.service", "system.slice/a.service"));
+        assert!(cgroup_matches("**/a.service", "x/y/a.service/z"));
+    }
+
+    #[test]
+    fn the_root_pattern_is_the_root_cgroup_alone() {
+        assert!(cgroup_matches("/", ""));
+        assert!(!cgroup_matches("/", "system.slice"));
+        assert!(cgroup_matches("*", "system.slice/x"));
+    }
+
+    #[test]
+    fn globs_backtrack_to_the_last_star_only() {
+        assert!(glob("*a*b", "xxaxxabb"));
+        assert!(glob("nginx@?.service", "nginx@1.service"));
+        assert!(!glob("nginx@?.service", "nginx@.service"));
+        assert!(!glob(&"*a".repeat(40), &"a".repeat(39)));
+    }
+
+    #[test]
+    fn label_expressions_read_as_kubernetes_reads_them() {
+        let labels = BTreeMap::from([("app".to_owned(), "web".to_owned())]);
+        let meets = |key: &str, operator, values: &[&str]| {
+            let values = values.iter().map(|&value| value.to_owned()).collect();
+            meets(&labels, &LabelRequirement { key: key.to_owned(), operator, values })
+        };
+        assert!(meets("app", LabelOperator::In, &["api", "web"]));
+        assert!(!meets("tier", LabelOperator::In, &["web"]));
+        assert!(!meets("app", LabelOperator::NotIn, &["web"]));
+        assert!(meets("tier", LabelOperator::NotIn, &["web"]));
+        assert!(meets("app", LabelOperator::Exists, &[]));
+        assert!(meets("tier", LabelOperator::DoesNotExist, &[]));
+    }
+}

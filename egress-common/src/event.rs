@@ -1,0 +1,138 @@
+//! The record that the kernel programs write for each refusal.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{Address, Decision, Flow, Hook, Protocol, Reason, RuleId, UnknownCode, Verdict};
+
+/// Length of a task's name, `TASK_COMM_LEN` of `linux/sched.h`, with its final zero.
+pub const COMM_LEN: usize = 16;
+
+/// The task that acted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Process {
+    /// Id of its cgroup in the cgroup2 hierarchy.
+    pub cgroup_id: u64,
+    /// Process id (the kernel's tgid), in the initial pid namespace.
+    pub pid: u32,
+    /// Thread id, in the initial pid namespace.
+    pub tid: u32,
+    /// User id, in the initial user namespace.
+    pub uid: u32,
+    /// Group id, in the initial user namespace.
+    pub gid: u32,
+    /// Name of the thread, padded with zeros.
+    pub comm: [u8; COMM_LEN],
+}
+
+/// One record of the `EVENTS` ring buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Event {
+    /// Nanoseconds since boot, suspended time included (`CLOCK_BOOTTIME`).
+    time: u64,
+    process: Process,
+    address: Address,
+    rule: u32,
+    /// In network byte order.
+    port: u16,
+    protocol: u8,
+    hook: u8,
+    verdict: u8,
+    reason: u8,
+    reserved: [u8; 6],
+}
+
+impl Event {
+    /// What a hook saw and what was decided.
+    #[inline(always)]
+    pub fn new(time: u64, process: Process, hook: Hook, flow: &Flow, decision: &Decision) -> Self {
+        Self {
+            time,
+            process,
+            address: flow.address,
+            rule: decision.rule.map_or(0, |rule| rule.0.get()),
+            port: flow.port.to_be(),
+            protocol: flow.protocol.number(),
+            hook: hook.code(),
+            verdict: decision.verdict.code(),
+            reason: decision.reason.code(),
+            reserved: [0; 6],
+        }
+    }
+
+    /// Nanoseconds since boot, suspended time included (`CLOCK_BOOTTIME`).
+    pub const fn time(&self) -> u64 {
+        self.time
+    }
+
+    /// The task that acted.
+    pub const fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Where it wanted to go.
+    pub const fn address(&self) -> Address {
+        self.address
+    }
+
+    /// The port it wanted to reach, in host byte order.
+    pub const fn port(&self) -> u16 {
+        u16::from_be(self.port)
+    }
+
+    /// What its socket speaks.
+    pub const fn protocol(&self) -> Protocol {
+        Protocol::from_kernel(self.protocol as u32)
+    }
+
+    /// The hook that saw it.
+    pub fn hook(&self) -> Result<Hook, UnknownCode> {
+        self.hook.try_into()
+    }
+
+    /// What was decided, and why.
+    pub fn decision(&self) -> Result<Decision, UnknownCode> {
+        let (verdict, reason) = (Verdict::try_from(self.verdict)?, Reason::try_from(self.reason)?);
+        Ok(Decision { verdict, reason, rule: RuleId::from_field(self.rule) })
+    }
+}
+
+const _: () = assert!(size_of::<Process>() == 40 && align_of::<Process>() == 8);
+const _: () = assert!(size_of::<Event>() == 80 && align_of::<Event>() == 8);
+
+#[cfg(test)]
+mod tests {
+    use core::{net::IpAddr, num::NonZeroU32};
+
+    use super::*;
+    use crate::Scope;
+
+    fn event() -> Event {
+        let process = Process { cgroup_id: 1, pid: 2, tid: 3, uid: 4, gid: 5, comm: *b"ratings\0\0\0\0\0\0\0\0\0" };
+        let address = "2001:db8::5".parse::<IpAddr>().unwrap().into();
+        let flow = Flow { scope: Scope::DEFAULT, protocol: Protocol::Udp, address, port: 3306 };
+        let rule = Some(RuleId(NonZeroU32::new(9).unwrap()));
+        let decision = Decision { verdict: Verdict::WouldDeny, reason: Reason::Rule, rule };
+        Event::new(11, process, Hook::Sendmsg6, &flow, &decision)
+    }
+
+    #[test]
+    fn an_event_survives_the_ring_buffer() {
+        let event = Event::read_from_bytes(event().as_bytes()).unwrap();
+        assert_eq!(event.time(), 11);
+        assert_eq!(event.address().to_ip(), "2001:db8::5".parse::<IpAddr>().unwrap());
+        assert_eq!((event.port(), event.protocol(), event.hook()), (3306, Protocol::Udp, Ok(Hook::Sendmsg6)));
+        let decision = event.decision().unwrap();
+        assert_eq!((decision.verdict, decision.reason), (Verdict::WouldDeny, Reason::Rule));
+        assert_eq!(decision.rule.map(|rule| rule.0.get()), Some(9));
+    }
+
+    #[test]
+    fn a_truncated_event_is_not_read() {
+        let event = event();
+        for length in 0..size_of::<Event>() {
+            assert!(Event::read_from_bytes(&event.as_bytes()[..length]).is_err(), "{length} bytes");
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Names, sizes and the version of what the kernel holds.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{Hook, Reason, Verdict};
+
+/// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
+pub const ABI_VERSION: u32 = 1;
+
+/// Names of the maps; the kernel cuts names after 15 bytes.
+pub mod map {
+    /// Array of tries: view → {prefix → [`crate::Entry`]}.
+    pub const POLICY: &str = "POLICY";
+    /// Array of arrays: slot → {index → [`crate::Segment`]}.
+    pub const SEGMENTS: &str = "SEGMENTS";
+    /// Ring buffer of [`crate::Event`].
+    pub const EVENTS: &str = "EVENTS";
+    /// Per-CPU array of counters, by [`crate::Counter`].
+    pub const STATS: &str = "STATS";
+    /// One [`crate::Meta`].
+    pub const META: &str = "META";
+}
+
+/// Codes of verdicts, reasons and hooks are below these.
+const VERDICTS: u32 = 3;
+const REASONS: u32 = 8;
+const HOOKS: u32 = 4;
+
+/// An element of the `STATS` map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counter {
+    /// Flows with this answer.
+    Answers(Verdict, Reason, Hook),
+    /// Events that found no room in the ring buffer.
+    EventsLost,
+}
+
+impl Counter {
+    /// Elements of the `STATS` map.
+    pub const COUNT: u32 = HOOKS * REASONS * VERDICTS + 1;
+
+    /// Index into the `STATS` map, below [`Counter::COUNT`].
+    #[inline(always)]
+    pub const fn index(self) -> u32 {
+        match self {
+            Self::Answers(verdict, reason, hook) => {
+                (hook.code() as u32 * REASONS + reason.code() as u32) * VERDICTS + verdict.code() as u32
+            }
+            Self::EventsLost => Self::COUNT - 1,
+        }
+    }
+
+    /// Every counter, in the order of the indices.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let answers = Hook::ALL.iter().flat_map(|&hook| {
+            Reason::ALL.iter().flat_map(move |&reason| {
+                Verdict::ALL.iter().map(move |&verdict| Self::Answers(verdict, reason, hook))
+            })
+        });
+        answers.chain([Self::EventsLost])
+    }
+}
+
+/// Length of [`Meta`]'s version field.
+const VERSION_LEN: usize = 32;
+
+/// The element of the `META` map: who filled the maps, and with what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Meta {
+    abi: u32,
+    pid: u32,
+    generation: u64,
+    policy_hash: [u8; 32],
+    agent_version: [u8; VERSION_LEN],
+}
+
+impl Meta {
+    /// Written by the agent `pid` of `agent_version` (cut to 32 bytes) with each policy it puts in force.
+    pub fn new(pid: u32, agent_version: &str, generation: u64, policy_hash: [u8; 32]) -> Self {
+        let mut version = [0; VERSION_LEN];
+        for (to, from) in version.iter_mut().zip(agent_version.bytes()) {
+            *to = from;
+        }
+        Self { abi: ABI_VERSION, pid, generation, policy_hash, agent_version: version }
+    }
+
+    /// The [`ABI_VERSION`] of the writer.
+    pub const fn abi(&self) -> u32 {
+        self.abi
+    }
+
+    /// The writer's process id.
+    pub const fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Counts the policies that the writer put in force, from 1.
+    pub const fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// SHA-256 of the policy's meaning.
+    pub const fn policy_hash(&self) -> &[u8; 32] {
+        &self.policy_hash
+    }
+
+    /// The writer's version.
+    pub fn agent_version(&self) -> &str {
+        let end = self.agent_version.iter().position(|&byte| byte == 0).unwrap_or(VERSION_LEN);
+        core::str::from_utf8(&self.agent_version[..end]).unwrap_or("")
+    }
+}
+
+const _: () = assert!(size_of::<Meta>() == 80 && align_of::<Meta>() == 8);
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn no_two_counters_share_an_element() {
+        let indices: BTreeSet<u32> = Counter::all().map(Counter::index).collect();
+        assert_eq!(indices.len(), Counter::all().count());
+        assert!(indices.iter().all(|&index| index < Counter::COUNT));
+    }
+
+    #[test]
+    fn map_names_survive_the_kernel() {
+        for name in [map::POLICY, map::SEGMENTS, map::EVENTS, map::STATS, map::META] {
+            assert!(name.len() <= 15, "{name}");
+        }
+    }
+
+    #[test]
+    fn meta_tells_who_wrote_it() {
+        let meta = Meta::new(42, "1.2.3", 7, [9; 32]);
+        assert_eq!((meta.abi(), meta.pid(), meta.generation()), (ABI_VERSION, 42, 7));
+        assert_eq!((meta.agent_version(), meta.policy_hash()), ("1.2.3", &[9; 32]));
+        assert_eq!(Meta::new(1, &"é".repeat(40), 1, [0; 32]).agent_version().len(), 32);
+    }
+}

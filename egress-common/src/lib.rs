@@ -1,0 +1,69 @@
+//! What the kernel programs and the agent share: the types that cross between them, and the decision.
+//!
+//! [`decide`] answers every question, in the kernel, in `explain` and in tests: a pure function of the rules it is
+//! given and the flow it is asked about. Every byte that the kernel programs and the agent exchange is defined here,
+//! once, with private fields and without padding.
+//!
+//! This crate is *not* the place for policy: it knows neither documents nor names, and it never allocates, does
+//! input or output, or reads a clock.
+
+#![no_std]
+#![expect(
+    clippy::inline_always,
+    reason = "a function that the BPF compiler does not inline enters the type information, and the kernel refuses the \
+              types of Rust enums there"
+)]
+
+mod address;
+mod decide;
+mod event;
+mod flow;
+mod layout;
+mod rule;
+mod verdict;
+
+pub use address::{Address, PrefixKey};
+pub use decide::{Rules, decide, find_segment};
+pub use event::{COMM_LEN, Event, Process};
+pub use flow::{Flow, Hook, Protocol, Scope, View};
+pub use layout::{ABI_VERSION, Counter, Meta, map};
+pub use rule::{Action, Entry, Entries, RuleId, Segment, SegmentList};
+pub use verdict::{Decision, Reason, Verdict};
+
+/// A byte that stands for no value of the enum it was read as: written by another version, or damaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnknownCode(pub u8);
+
+/// Gives a field-less enum its codes: `u8` out, `TryFrom<u8>` back in, and one name for logs, metrics and documents.
+macro_rules! coded_enum {
+    ($(#[$meta:meta])* $vis:vis enum $name:ident { $($(#[$variant_meta:meta])* $variant:ident = $code:literal => $text:literal,)+ }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        $vis enum $name { $($(#[$variant_meta])* $variant = $code,)+ }
+
+        impl $name {
+            /// Every value, in the order of the codes.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The one name of this value in logs, events, metrics and documents.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)+ }
+            }
+
+            /// The byte that stands for this value in shared layouts; never given to another value.
+            pub const fn code(self) -> u8 {
+                self as u8
+            }
+        }
+
+        impl TryFrom<u8> for $name {
+            type Error = $crate::UnknownCode;
+
+            fn try_from(code: u8) -> Result<Self, Self::Error> {
+                match code { $($code => Ok(Self::$variant),)+ other => Err($crate::UnknownCode(other)) }
+            }
+        }
+    };
+}
+pub(crate) use coded_enum;

@@ -1,0 +1,47 @@
+//! The answer to a question, and why it is the answer.
+
+use crate::{RuleId, coded_enum};
+
+coded_enum! {
+    /// What happens to a flow.
+    #[must_use = "a verdict that is not used lets the connection through"]
+    pub enum Verdict {
+        /// It goes through.
+        Allow = 0 => "allow",
+        /// It is refused.
+        Deny = 1 => "deny",
+        /// It goes through, and an Audit policy would have refused it.
+        WouldDeny = 2 => "would_deny",
+    }
+}
+
+coded_enum! {
+    /// Why a verdict was given. Codes are stable; a retired code is never given to another reason.
+    pub enum Reason {
+        /// A rule names the destination.
+        Rule = 0 => "rule",
+        /// No rule names the destination; the default decided.
+        NoRule = 3 => "no_rule",
+        /// A socket of a protocol that rules cannot judge.
+        SocketKind = 5 => "socket_kind",
+        /// The rules could not be read; see the failure table of the documentation.
+        Fault = 7 => "fault",
+    }
+}
+
+/// A verdict with its reason and its rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "a decision that is not used lets the connection through"]
+pub struct Decision {
+    /// What happens.
+    pub verdict: Verdict,
+    /// Why.
+    pub reason: Reason,
+    /// The rule that decided; `None` unless the reason is [`Reason::Rule`].
+    pub rule: Option<RuleId>,
+}
+
+impl Decision {
+    /// The rules could not be read: refused, since a filter that cannot answer must not guess.
+    pub const FAULT: Self = Self { verdict: Verdict::Deny, reason: Reason::Fault, rule: None };
+}

@@ -1,0 +1,26 @@
+//! The kernel programs: hooks that ask [`egress_common::decide`], record the answer and give it.
+//!
+//! They hold no policy and decide nothing themselves. Each hook reads the destination from its context, asks, counts,
+//! reports a refusal, and answers; the maps live in the modules that own them.
+
+#![no_std]
+#![no_main]
+#![expect(clippy::inline_always, reason = "the verifier follows one program: a call that is not inlined is a function of its own")]
+
+mod answer;
+mod events;
+mod hooks;
+mod meta;
+mod rules;
+mod stats;
+
+/// Names of these programs' licence; the helpers they call are reserved for GPL-compatible programs.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

@@ -1,0 +1,132 @@
+//! The built agent as a process.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::{PATIENCE, cgroup::Cgroup, eventually};
+
+/// The agent that `cargo xtask` built.
+pub fn binary() -> Result<PathBuf> {
+    std::env::var_os("EGRESS_AGENT").map(PathBuf::from).context("EGRESS_AGENT is not set: run `cargo xtask test`")
+}
+
+/// A running agent, killed when dropped.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    log: Receiver<String>,
+    /// Lines that were read while waiting for another.
+    seen: Vec<String>,
+    denials: Receiver<String>,
+}
+
+impl Agent {
+    /// Starts `run` on a cgroup, with JSON output, and waits until its policy is in force.
+    pub fn start(policies: &Path, cgroup: &Cgroup, more: &[&str]) -> Result<Self> {
+        let mut command = Command::new(binary()?);
+        command.arg("run").arg("--policies").arg(policies).arg("--cgroup").arg(cgroup.path());
+        command.args(["--output", "json"]).args(more);
+        let mut agent = Self::spawn(command)?;
+        agent.wait_for("policy applied generation=1 ")?;
+        Ok(agent)
+    }
+
+    /// Starts a command as it is.
+    pub fn spawn(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().with_context(|| format!("cannot run {:?}", command.get_program()))?;
+        let log = lines(child.stderr.take().context("stderr is piped")?);
+        let denials = lines(child.stdout.take().context("stdout is piped")?);
+        Ok(Self { child, log, seen: Vec::new(), denials })
+    }
+
+    /// The agent's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for a line of its log that contains `text`, and gives that line.
+    pub fn wait_for(&mut self, text: &str) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.log.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if line.contains(text) {
+                        return Ok(line);
+                    }
+                }
+                Err(error) => bail!("no line with {text:?} in the agent's log ({error}):\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+
+    /// Every line of its log so far.
+    pub fn log(&mut self) -> &[String] {
+        self.seen.extend(self.log.try_iter());
+        &self.seen
+    }
+
+    /// The next denial.
+    pub fn denial(&mut self) -> Result<Value> {
+        match self.denials.recv_timeout(PATIENCE) {
+            Ok(line) => serde_json::from_str(&line).with_context(|| format!("not a JSON line: {line}")),
+            Err(error) => bail!("the agent reports no denial ({error}); its log:\n{}", self.log().join("\n")),
+        }
+    }
+
+    /// Whether no denial is reported for a while. Only for showing that one thing did *not* happen.
+    pub fn is_silent_for(&mut self, time: Duration) -> bool {
+        matches!(self.denials.recv_timeout(time), Err(RecvTimeoutError::Timeout))
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("a process id")?;
+        Ok(kill_process(pid, signal)?)
+    }
+
+    /// Asks it to stop; its exit status, its remaining denials and its whole log.
+    pub fn stop(mut self) -> Result<(ExitStatus, Vec<Value>, Vec<String>)> {
+        self.signal(Signal::TERM)?;
+        let status = self.exit_status()?;
+        let denials = self.denials.iter().map(|line| Ok(serde_json::from_str(&line)?)).collect::<Result<_>>()?;
+        self.seen.extend(self.log.iter());
+        Ok((status, denials, std::mem::take(&mut self.seen)))
+    }
+
+    /// Waits until it ends by itself.
+    pub fn exit_status(&mut self) -> Result<ExitStatus> {
+        eventually("the agent's end", || self.child.try_wait().transpose())?.context("cannot wait for the agent")
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Both fail only if the agent has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}

@@ -1,0 +1,139 @@
+//! Real calls from a filtered process: the `dial` program makes them, one for each line it reads.
+
+use std::{
+    fmt,
+    io::{BufRead, BufReader, Write},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    process::{Child, ChildStdin, ChildStdout, Stdio},
+    str::FromStr,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
+use socket2::{Domain, Socket, Type};
+
+use crate::{cgroup::Cgroup, netns::Netns};
+
+/// How a destination is dialled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// TCP `connect`.
+    TcpConnect,
+    /// UDP `connect`.
+    UdpConnect,
+    /// UDP `sendto` on a socket that is not connected.
+    UdpSend,
+}
+
+/// A destination and how to dial it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    /// How.
+    pub method: Method,
+    /// An IPv4 address is dialled from an IPv6 socket, in its mapped form.
+    pub mapped: bool,
+    /// Where to.
+    pub to: SocketAddr,
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let method = match self.method {
+            Method::TcpConnect => "tcp",
+            Method::UdpConnect => "udp",
+            Method::UdpSend => "send",
+        };
+        write!(f, "{method} {} {}", if self.mapped { "mapped" } else { "plain" }, self.to)
+    }
+}
+
+impl FromStr for Call {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut words = text.split_ascii_whitespace();
+        let mut word = || words.next().context("a call is METHOD FORM ADDRESS");
+        let method = match word()? {
+            "tcp" => Method::TcpConnect,
+            "udp" => Method::UdpConnect,
+            "send" => Method::UdpSend,
+            other => bail!("unknown method {other}"),
+        };
+        Ok(Self { method, mapped: word()? == "mapped", to: word()?.parse()? })
+    }
+}
+
+impl Call {
+    /// Makes the call; 0, or the error number it ended with.
+    pub fn make(&self) -> i32 {
+        self.attempt().err().and_then(|error| error.raw_os_error()).unwrap_or(0)
+    }
+
+    fn attempt(&self) -> std::io::Result<()> {
+        let to = match self.to.ip() {
+            IpAddr::V4(v4) if self.mapped => SocketAddr::new(v4.to_ipv6_mapped().into(), self.to.port()),
+            _ => self.to,
+        };
+        let kind = if self.method == Method::TcpConnect { Type::STREAM } else { Type::DGRAM };
+        let socket = Socket::new(Domain::for_address(to), kind, None)?;
+        match self.method {
+            Method::TcpConnect => socket.connect_timeout(&to.into(), Duration::from_secs(5)),
+            Method::UdpConnect => socket.connect(&to.into()),
+            Method::UdpSend => socket.send_to(b"x", &to.into()).map(drop),
+        }
+    }
+}
+
+/// A `dial` process in a cgroup and a network namespace.
+#[derive(Debug)]
+pub struct Dialer {
+    child: Child,
+    calls: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Dialer {
+    /// Starts one. `program` is the `dial` binary.
+    pub fn start(program: &str, cgroup: &Cgroup, namespace: &Netns) -> Result<Self> {
+        let mut command = namespace.command(program, Some(cgroup))?;
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot run dial")?;
+        let calls = child.stdin.take().context("stdin is piped")?;
+        let answers = BufReader::new(child.stdout.take().context("stdout is piped")?);
+        Ok(Self { child, calls, answers })
+    }
+
+    /// The dialler's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Makes one call; 0 or the error number.
+    pub fn call(&mut self, call: &Call) -> Result<i32> {
+        writeln!(self.calls, "{call}")?;
+        let mut answer = String::new();
+        ensure!(self.answers.read_line(&mut answer)? > 0, "dial ended early");
+        Ok(answer.trim().parse()?)
+    }
+
+    /// Whether the filter refuses a call: it fails with `EPERM`, as nothing else here does.
+    pub fn is_refused(&mut self, call: &Call) -> Result<bool> {
+        Ok(self.call(call)? == Errno::PERM.raw_os_error())
+    }
+}
+
+impl Drop for Dialer {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether the kernel can be asked about an address at all: multicast and the like fail before any hook.
+pub fn is_dialable(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !v4.is_multicast() && !v4.is_broadcast(),
+        IpAddr::V6(v6) => !v6.is_multicast() && v6 != Ipv6Addr::UNSPECIFIED,
+    }
+}

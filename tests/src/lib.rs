@@ -1,0 +1,55 @@
+//! What the tests and the demo stand on: cgroups, network namespaces, the agent as a process, a database server, and a
+//! slow, obvious reference for the decision.
+//!
+//! Nothing here is mocked. Everything that is created has a name of its own and is removed when its value is dropped,
+//! also when a test fails. No packet leaves the machine: traffic stays in network namespaces made here.
+
+pub mod agent;
+pub mod cgroup;
+pub mod dial;
+pub mod generate;
+pub mod mariadb;
+pub mod netns;
+pub mod reference;
+pub mod scenario;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+/// A name that no other test of this or another process uses.
+pub fn unique_name() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("egress-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Where `cargo xtask` put the companions it unpacked.
+pub fn companion(path: &str) -> Result<PathBuf> {
+    let root = std::env::var_os("EGRESS_COMPANIONS").context("EGRESS_COMPANIONS is not set: run `cargo xtask test`")?;
+    let path = Path::new(&root).join(path);
+    if !path.exists() {
+        bail!("{} is missing: run `cargo xtask test`, which unpacks it", path.display());
+    }
+    Ok(path)
+}
+
+/// How long anything may take before a test gives up on it.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Asks again until there is an answer, for what tells nobody when it is ready.
+pub fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask() {
+            return Ok(answer);
+        }
+        if Instant::now() > deadline {
+            bail!("gave up after {} s waiting for {what}", PATIENCE.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

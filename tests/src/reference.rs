@@ -1,0 +1,239 @@
+//! What the documents mean, slowly and obviously: for one flow, every statement is read again from the top.
+//!
+//! Written from the description of the policy language, not from the compiler, with which it shares nothing but the
+//! parsed documents.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use egress_agent::{
+    compile::{Context, NodeAction},
+    policy::{
+        DefaultAction, DnsServers, EgressPolicy, EndpointAddress, ExportTo, L4, Mode, NamespaceRef, ObjectName, Peer,
+        PolicySet, Resolution, Rule, ServiceEntry, Toggle,
+    },
+    workload::{Workload, selects},
+};
+use ipnet::IpNet;
+
+/// What a workload dials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Question {
+    /// TCP or UDP.
+    pub l4: L4,
+    /// As the workload gives it.
+    pub address: IpAddr,
+    /// Destination port.
+    pub port: u16,
+}
+
+/// The answer, with the rule's identity where one decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// Goes through.
+    Allow(Why),
+    /// Refused.
+    Deny(Why),
+    /// Goes through, and is reported.
+    WouldDeny(Why),
+}
+
+/// Why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Why {
+    /// A rule: its document, if it has one, and its place there, or the builtin's name.
+    Rule(Option<ObjectName>, String),
+    /// No rule.
+    NoRule,
+}
+
+/// Judges one flow.
+pub fn judge(policies: &PolicySet, workload: &Workload, context: &Context, asked: Question) -> Answer {
+    let asked = Question { address: inner(asked.address), ..asked };
+    let selecting: Vec<&EgressPolicy> = policies.egress_policies.iter().filter(|p| selects(p, workload)).collect();
+    let enforcing: Vec<&EgressPolicy> = selecting.iter().copied().filter(|p| p.mode == Mode::Enforce).collect();
+    let world = World { policies, workload, context };
+    let (allowed, why) = if !enforcing.is_empty() {
+        world.said_by(&enforcing, asked)
+    } else if context.node_default.action == NodeAction::Deny {
+        world.registry_only(asked)
+    } else {
+        (true, Why::NoRule)
+    };
+    if !allowed {
+        return Answer::Deny(why);
+    }
+    let audited = if selecting.iter().any(|policy| policy.mode == Mode::Audit) {
+        world.said_by(&selecting, asked)
+    } else if enforcing.is_empty() && context.node_default.action == NodeAction::Audit {
+        world.registry_only(asked)
+    } else {
+        (true, Why::NoRule)
+    };
+    if audited.0 { Answer::Allow(why) } else { Answer::WouldDeny(audited.1) }
+}
+
+/// IPv4 inside IPv6: mapped (RFC 4291) or behind NAT64 (RFC 6052).
+fn inner(address: IpAddr) -> IpAddr {
+    let IpAddr::V6(v6) = address else { return address };
+    let nat64: IpNet = "64:ff9b::/96".parse().expect("a prefix");
+    match (v6.to_ipv4_mapped(), nat64.contains(&address)) {
+        (Some(v4), _) => v4.into(),
+        (None, true) => {
+            let [.., a, b, c, d] = v6.octets();
+            IpAddr::from([a, b, c, d])
+        }
+        (None, false) => address,
+    }
+}
+
+struct World<'a> {
+    policies: &'a PolicySet,
+    workload: &'a Workload,
+    context: &'a Context,
+}
+
+/// A matching statement: deny before allow, then by document (builtins last), then by place.
+type Found = (bool, Option<String>, Option<ObjectName>, usize, String);
+
+impl World<'_> {
+    fn registry_only(&self, asked: Question) -> (bool, Why) {
+        let mut found: Vec<Found> = Vec::new();
+        for entry in &self.policies.service_entries {
+            let seen = match &self.workload.pod {
+                Some(pod) => sees(&pod.namespace, entry),
+                None => self.policies.egress_policies.is_empty() || sees("default", entry),
+            };
+            if seen {
+                found.extend(in_entry(entry, asked));
+            }
+        }
+        let default = self.context.node_default;
+        found.extend(default.loopback.then(|| loopback(asked)).flatten());
+        found.extend(default.dns.then(|| dns(&self.context.system_resolvers, asked)).flatten());
+        first(found, false)
+    }
+
+    fn said_by(&self, speaking: &[&EgressPolicy], asked: Question) -> (bool, Why) {
+        let mut found: Vec<Found> = Vec::new();
+        let nobody_names_services = speaking.iter().all(|policy| policy.services.is_none());
+        for policy in speaking {
+            let own = self.workload.pod.as_ref().map_or(&*policy.object.namespace, |pod| &pod.namespace);
+            for entry in &self.policies.service_entries {
+                let named = policy.services.iter().flatten().any(|service| {
+                    let namespace = match &service.namespace {
+                        NamespaceRef::Own => *entry.object.namespace == *own,
+                        NamespaceRef::Any => true,
+                        NamespaceRef::Named(name) => **name == *entry.object.namespace,
+                    };
+                    namespace && service.name.as_ref().is_none_or(|name| **name == *entry.object.name)
+                });
+                if sees(own, entry) && (named || nobody_names_services) {
+                    found.extend(in_entry(entry, asked));
+                }
+            }
+            for (is_allow, field, rules) in [(false, "deny", &policy.deny), (true, "allow", &policy.allow)] {
+                for (index, rule) in rules.iter().enumerate() {
+                    if in_rule(rule, asked) {
+                        let place = format!("{field}[{index}]");
+                        found.push((is_allow, None, Some(policy.object.clone()), index, place));
+                    }
+                }
+            }
+        }
+        let loopbacks: Vec<Toggle> = speaking.iter().filter_map(|policy| policy.loopback).collect();
+        if loopbacks.is_empty() || loopbacks.contains(&Toggle::Allow) {
+            found.extend(loopback(asked));
+        }
+        found.extend(self.dns_of(speaking, asked));
+        let defaults: Vec<DefaultAction> = speaking.iter().filter_map(|policy| policy.default_action).collect();
+        first(found, !defaults.is_empty() && !defaults.contains(&DefaultAction::Deny))
+    }
+
+    fn dns_of(&self, speaking: &[&EgressPolicy], asked: Question) -> Option<Found> {
+        let said: Vec<&DnsServers> = speaking.iter().filter_map(|policy| policy.dns_servers.as_ref()).collect();
+        if said.is_empty() {
+            return dns(&self.context.system_resolvers, asked);
+        }
+        said.into_iter().find_map(|servers| match servers {
+            DnsServers::System => dns(&self.context.system_resolvers, asked),
+            DnsServers::None => None,
+            DnsServers::List(list) => dns(list, asked),
+        })
+    }
+}
+
+fn first(mut found: Vec<Found>, default: bool) -> (bool, Why) {
+    found.sort();
+    match found.into_iter().next() {
+        Some((is_allow, _, object, _, place)) => (is_allow, Why::Rule(object, place)),
+        None => (default, Why::NoRule),
+    }
+}
+
+fn sees(namespace: &str, entry: &ServiceEntry) -> bool {
+    match &entry.export_to {
+        ExportTo::All => true,
+        ExportTo::Namespaces(names) => names.iter().any(|name| name == namespace),
+        ExportTo::Nobody => false,
+    }
+}
+
+fn in_entry(entry: &ServiceEntry, asked: Question) -> Vec<Found> {
+    let mut found = Vec::new();
+    for (index, port) in entry.ports.iter().enumerate() {
+        let by_address = entry.addresses.iter().any(|net| holds(*net, asked.address)) && port.number == asked.port;
+        let by_endpoint = entry.resolution != Resolution::None
+            && entry.endpoints.iter().any(|endpoint| {
+                let number = endpoint.ports.get(&port.name).copied().or(port.target_port).unwrap_or(port.number);
+                endpoint.address == EndpointAddress::Ip(asked.address) && number == asked.port
+            });
+        if port.l4 == asked.l4 && (by_address || by_endpoint) {
+            found.push((true, None, Some(entry.object.clone()), index, format!("ports[{index}]")));
+        }
+    }
+    found
+}
+
+fn in_rule(rule: &Rule, asked: Question) -> bool {
+    let to = rule.to.as_ref().is_none_or(|peers| {
+        peers.iter().any(|peer| match peer {
+            Peer::Cidr { cidr, except } => {
+                holds(*cidr, asked.address) && !except.iter().any(|net| holds(*net, asked.address))
+            }
+            Peer::Host(_) => false,
+        })
+    });
+    let ports = rule.ports.as_ref().is_none_or(|ranges| {
+        ranges.iter().any(|range| {
+            range.l4.is_none_or(|l4| l4 == asked.l4) && range.low <= asked.port && asked.port <= range.high
+        })
+    });
+    to && ports
+}
+
+/// A prefix written in IPv6 that lies within an IPv4 form is the IPv4 prefix; any other never reaches IPv4.
+fn holds(net: IpNet, address: IpAddr) -> bool {
+    match (net, address) {
+        (IpNet::V6(v6), IpAddr::V4(_)) if v6.prefix_len() >= 96 => {
+            let IpAddr::V4(v4) = inner(v6.network().into()) else { return false };
+            IpNet::new(v4.into(), v6.prefix_len() - 96).is_ok_and(|net| net.contains(&address))
+        }
+        _ => net.contains(&address),
+    }
+}
+
+fn loopback(asked: Question) -> Option<Found> {
+    let is_local = match asked.address {
+        IpAddr::V4(v4) => v4.is_loopback() || v4.is_unspecified(),
+        IpAddr::V6(v6) => v6 == Ipv6Addr::LOCALHOST || v6 == Ipv6Addr::UNSPECIFIED,
+    };
+    is_local.then(|| builtin("loopback"))
+}
+
+fn dns(servers: &[IpAddr], asked: Question) -> Option<Found> {
+    (asked.port == 53 && servers.iter().any(|&server| inner(server) == asked.address)).then(|| builtin("dns"))
+}
+
+fn builtin(name: &str) -> Found {
+    (true, Some(name.to_owned()), None, 0, name.to_owned())
+}

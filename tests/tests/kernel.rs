@@ -1,0 +1,103 @@
+//! The kernel decides as the documents say: tens of thousands of real calls, verdict by verdict, in a namespace in which
+//! every address is local, so that no packet leaves.
+
+use std::{fs, net::SocketAddr};
+
+use egress_agent::{
+    compile::{Context, NodeAction, NodeDefault},
+    policy::{L4, load::load_text},
+    workload::Workload,
+};
+use egress_tests::{
+    agent::Agent,
+    cgroup::Cgroup,
+    dial::{Call, Dialer, Method, is_dialable},
+    generate,
+    netns::Netns,
+    reference::{Answer, Question, Why, judge},
+};
+use proptest::{
+    collection::vec,
+    prelude::*,
+    strategy::ValueTree,
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
+};
+use serde_json::Value;
+
+const POLICIES: u64 = 60;
+const CALLS: usize = 500;
+
+/// Random, but the same in each run.
+fn runner() -> TestRunner {
+    TestRunner::new_with_rng(Config::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]))
+}
+
+#[test]
+fn the_kernel_decides_as_the_reference_says() {
+    let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    let mut agent = Agent::start(directory.path(), &cgroup, &["--no-dns"]).unwrap();
+    let mut dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
+    let context = Context {
+        node_default: NodeDefault { action: NodeAction::Deny, loopback: true, dns: false },
+        system_resolvers: Vec::new(),
+    };
+    let mut runner = runner();
+    let (mut refused, mut calls) = (0, 0);
+    for round in 1..=POLICIES {
+        let documents = vec(generate::service_entry(0), 1..2).prop_flat_map(|first| {
+            (Just(first), generate::service_entry(1), generate::service_entry(2)).prop_map(|(mut all, b, c)| {
+                all.extend([b, c]);
+                all
+            })
+        });
+        let documents = documents.new_tree(&mut runner).unwrap().current();
+        let text: String = documents.iter().map(|document| format!("---\n{document}\n")).collect();
+        fs::write(directory.path().join("policy.yaml"), &text).unwrap();
+        agent.wait_for(&format!("policy applied generation={} ", round + 1)).unwrap();
+        let policies = load_text("policy.yaml", &text).policies;
+        for _ in 0..CALLS {
+            let asked = generate::question().new_tree(&mut runner).unwrap().current();
+            let method = if asked.l4 == L4::Tcp {
+                Method::TcpConnect
+            } else if asked.port != 0 && any::<bool>().new_tree(&mut runner).unwrap().current() {
+                Method::UdpSend
+            } else {
+                Method::UdpConnect
+            };
+            if !is_dialable(asked.address) {
+                continue;
+            }
+            let mapped = any::<bool>().new_tree(&mut runner).unwrap().current();
+            let call = Call { method, mapped, to: SocketAddr::new(asked.address, asked.port) };
+            let expected = judge(&policies, &Workload::default(), &context, asked);
+            let got = dialer.is_refused(&call).unwrap();
+            let why = match expected {
+                Answer::Deny(why) => Some(why),
+                Answer::Allow(_) | Answer::WouldDeny(_) => None,
+            };
+            assert_eq!(got, why.is_some(), "{call} under\n{text}");
+            if let Some(why) = why {
+                check_denial(&agent.denial().unwrap(), asked, &why, dialer.pid());
+                refused += 1;
+            }
+            calls += 1;
+        }
+    }
+    let (status, denials, log) = agent.stop().unwrap();
+    assert_eq!((status.code(), denials.len()), (Some(0), 0), "{log:#?}");
+    assert!(refused > calls / 10 && refused < calls * 9 / 10, "{refused} of {calls} refused: the flows are one-sided");
+    println!("{calls} calls under {POLICIES} policies, {refused} refused");
+}
+
+fn check_denial(denial: &Value, asked: Question, why: &Why, pid: u32) {
+    let canonical = asked.address.to_canonical().to_string();
+    assert_eq!(denial["destination"]["address"], canonical.as_str(), "{denial}");
+    assert_eq!(denial["destination"]["port"], asked.port, "{denial}");
+    assert_eq!(denial["process"]["pid"], pid, "{denial}");
+    let (reason, place) = match why {
+        Why::Rule(_, place) => ("rule", Value::from(place.as_str())),
+        Why::NoRule => ("no_rule", Value::Null),
+    };
+    assert_eq!((&denial["reason"], &denial["rule"]["path"]), (&reason.into(), &place), "{denial}");
+}

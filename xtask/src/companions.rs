@@ -1,0 +1,94 @@
+//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, and iproute2 where the
+//! system has none.
+//!
+//! Each is unpacked below `target/companions` and called through a script that knows where its libraries are. Starting and stopping them is
+//! up to the tests.
+
+use std::{
+    env,
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    debian::{self, Debian},
+    process,
+    root::Environment,
+    step,
+    workspace::Workspace,
+};
+
+/// The private server never reads the system's option files, and runs as whoever starts it.
+const MARIADB: Companion = Companion {
+    name: "mariadb",
+    recipe: "mariadb 1",
+    packages: &["mariadb-server-core", "mariadb-client-core"],
+    scripts: &[
+        (
+            "bin/mariadbd",
+            "exec \"$root/usr/sbin/mariadbd\" --no-defaults --basedir=\"$root/usr\" \
+             --lc-messages-dir=\"$root/usr/share/mysql\" --user=\"$(id -un)\" \"$@\"",
+        ),
+        (
+            "bin/mariadb-install-db",
+            "exec \"$root/usr/bin/mariadb-install-db\" --no-defaults --basedir=\"$root/usr\" --user=\"$(id -un)\" \"$@\"",
+        ),
+        ("bin/mariadb", "exec \"$root/usr/bin/mariadb\" --no-defaults \"$@\""),
+    ],
+};
+
+const IPROUTE2: Companion = Companion {
+    name: "iproute2",
+    recipe: "iproute2 1",
+    packages: &["iproute2"],
+    scripts: &[(
+        "scripts/ip",
+        "[ -x \"$root/bin/ip\" ] && exec \"$root/bin/ip\" \"$@\"\nexec \"$root/usr/bin/ip\" \"$@\"",
+    )],
+};
+
+struct Companion {
+    name: &'static str,
+    recipe: &'static str,
+    packages: &'static [&'static str],
+    /// Where each script lies below the companion, in a directory that no package has, and how it ends.
+    scripts: &'static [(&'static str, &'static str)],
+}
+
+/// Fetches what is missing; returns the variables that lead a test to the agent and its companions.
+pub fn ensure(workspace: &Workspace) -> Result<Environment> {
+    let _lock = step::lock(workspace)?;
+    let directory = workspace.target("companions");
+    MARIADB.ensure(workspace, &directory)?;
+    let mut environment =
+        vec![("EGRESS_AGENT", workspace.agent().into()), ("EGRESS_COMPANIONS", directory.clone().into())];
+    if process::find("ip").is_none() {
+        IPROUTE2.ensure(workspace, &directory)?;
+        environment.push(("PATH", path_with(&directory.join("iproute2/scripts"))?));
+    }
+    Ok(environment)
+}
+
+impl Companion {
+    fn ensure(&self, workspace: &Workspace, parent: &Path) -> Result<()> {
+        step::once(&parent.join(self.name), self.recipe, |directory| self.unpack(workspace, directory))
+            .with_context(|| format!("cannot fetch {}, which the tests and the demo run", self.name))
+    }
+
+    fn unpack(&self, workspace: &Workspace, directory: &Path) -> Result<()> {
+        let debian = Debian::open(workspace)?;
+        let archives = debian.plan(self.packages, self.packages)?;
+        debian.unpack(&archives, directory)?;
+        self.scripts
+            .iter()
+            .try_for_each(|(script, line)| debian::write_wrapper(&directory.join(script), directory, line))
+    }
+}
+
+fn path_with(directory: &Path) -> Result<OsString> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let all = std::iter::once(PathBuf::from(directory)).chain(env::split_paths(&path));
+    env::join_paths(all).context("a directory on PATH has a colon in its name")
+}

@@ -1,0 +1,90 @@
+//! `cargo xtask`: builds, tests and runs this workspace, and fetches what that takes.
+//!
+//! It drives cargo, Debian's package tools and nothing else. It holds no product code, installs nothing on the system,
+//! and writes below `target/` only.
+
+mod build;
+mod ci;
+mod companions;
+mod debian;
+mod process;
+mod root;
+mod run;
+mod step;
+mod test;
+mod toolchain;
+mod workspace;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use workspace::Workspace;
+
+/// Builds, tests and runs the workspace. Whatever is missing is fetched into target/; nothing is installed.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = AFTER_HELP, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Environment:
+  EGRESS_BPF_RUSTC   the rustc that compiles the kernel programs; it must have `core` for bpfel-unknown-none
+  EGRESS_BPF_LINKER  the bpf-linker that goes with it, or with an installed toolchain (else: bpf-linker on PATH)
+
+Without them, the first of these is taken, and the choice is printed:
+  1. rustup's nightly with the rust-src component, and bpf-linker on PATH
+  2. a rustc that has `core` for bpfel-unknown-none, and bpf-linker on PATH
+  3. Debian's rustc and a bpf-linker built for it, kept under target/toolchain";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the kernel programs, then the agent: target/release/egress-agent
+    Build,
+    /// Build, then run all tests; the kernel tests need root (sudo is used otherwise)
+    Test {
+        /// Arguments for `cargo test`, such as `-p egress-tests` or `NAME -- --nocapture`
+        #[arg(last = true, value_name = "ARGS")]
+        arguments: Vec<OsString>,
+    },
+    /// Build, then run the demo; with arguments: run egress-agent with them (as root, through sudo otherwise)
+    Run {
+        /// Arguments for egress-agent
+        #[arg(last = true, value_name = "ARGS")]
+        arguments: Vec<OsString>,
+    },
+    /// All checks before a push: fmt, clippy, rustc warnings, docs, licences and sources, tests
+    Ci,
+}
+
+fn main() -> ExitCode {
+    match command(&Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn command(command: &Command) -> anyhow::Result<()> {
+    let workspace = Workspace::find()?;
+    match command {
+        Command::Build => build::build(&workspace),
+        Command::Test { arguments } => test::test(&workspace, arguments),
+        Command::Run { arguments } => run::run(&workspace, arguments),
+        Command::Ci => ci::ci(&workspace),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}
