@@ -23,6 +23,7 @@ pub mod egress_policy;
 pub mod load;
 pub mod names;
 pub mod object;
+pub mod path;
 pub mod service_entry;
 pub mod suggest;
 pub mod yaml;

@@ -4,7 +4,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use egress_agent::policy::L4;
+use egress_agent::policy::{EndpointAddress, L4, PolicySet, ServiceEntry};
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
 use serde_json::{Value, json};
@@ -61,7 +61,7 @@ fn export_to() -> impl Strategy<Value = Option<Value>> {
         4 => Just(None),
         1 => Just(Some(json!(["."]))),
         1 => Just(Some(json!(["*"]))),
-        1 => Just(Some(json!(["shop", "."]))),
+        1 => Just(Some(json!(["shop"]))),
     ]
 }
 
@@ -113,6 +113,31 @@ pub fn question() -> impl Strategy<Value = Question> {
         address,
         port,
     })
+}
+
+/// A flow at or next to something that the documents name, or any other.
+pub fn question_about(policies: &PolicySet) -> BoxedStrategy<Question> {
+    let named: Vec<(IpNet, u16, L4)> = policies.service_entries.iter().flat_map(named_in).collect();
+    if named.is_empty() {
+        return question().boxed();
+    }
+    let near = (select(named), 0..6_u8, select(&[0, 0, 0, 0, 1, -1][..])).prop_map(|((net, port, l4), place, by)| {
+        Question { l4, address: at_edge(net, place), port: shifted(port, by) }
+    });
+    prop_oneof![2 => near, 1 => question()].boxed()
+}
+
+fn named_in(entry: &ServiceEntry) -> Vec<(IpNet, u16, L4)> {
+    let endpoints = entry.endpoints.iter().filter_map(|endpoint| match endpoint.address {
+        EndpointAddress::Ip(address) => Some(IpNet::from(address)),
+        _ => None,
+    });
+    let nets: Vec<IpNet> = entry.addresses.iter().copied().chain(endpoints).collect();
+    let ports = entry.ports.iter().flat_map(|port| {
+        let target = port.target_port.map(|target| (target, port.l4));
+        [(port.number, port.l4)].into_iter().chain(target)
+    });
+    ports.flat_map(|(port, l4)| nets.iter().map(move |&net| (net, port, l4)).collect::<Vec<_>>()).collect()
 }
 
 fn shifted(port: u16, by: i32) -> u16 {

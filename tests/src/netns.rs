@@ -1,6 +1,11 @@
 //! Network namespaces for tests.
 
-use std::{fs::File, os::unix::process::CommandExt, path::PathBuf, process::Command};
+use std::{
+    fs::File,
+    os::{fd::AsFd, unix::process::CommandExt},
+    path::PathBuf,
+    process::Command,
+};
 
 use anyhow::{Context, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -54,7 +59,7 @@ impl Netns {
             if let Some(procs) = &procs {
                 rustix::io::write(procs, b"0")?;
             }
-            move_into_link_name_space((&namespace).into(), Some(LinkNameSpaceType::Network))?;
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
             Ok(())
         };
         // SAFETY: between fork and exec the closure makes two system calls on descriptors that were opened before the

@@ -55,11 +55,14 @@ proptest! {
 
     #[test]
     fn service_entries_decide_as_the_reference_says(
-        documents in generate::service_entries(),
+        (policies, flows) in generate::service_entries().prop_flat_map(|documents| {
+            let policies = parse(&documents);
+            let flows = vec(generate::question_about(&policies), 100);
+            (Just(policies), flows)
+        }),
         context in context(),
-        flows in vec(generate::question(), 100),
     ) {
-        let (policies, workload) = (parse(&documents), Workload::default());
+        let workload = Workload::default();
         let ruleset = compile(&policies, &workload, &context);
         for asked in flows {
             let expected = judge(&policies, &workload, &context, asked);

@@ -111,7 +111,7 @@ codes! {
     DuplicatePortNumber = "E0106", "a port number is given twice";
     /// Port numbers are 1 to 65535.
     BadPortNumber = "E0107", "a port number out of range";
-    /// Istio knows TCP, UDP, TLS, HTTP, HTTP2, HTTPS, HTTP_PROXY, GRPC, GRPC-Web, Mongo, MySQL and Redis, in any case.
+    /// Istio knows TCP, UDP, TLS, HTTP, HTTP2, HTTPS, `HTTP_PROXY`, GRPC, GRPC-Web, Mongo, MySQL and Redis, in any case.
     UnknownProtocol = "E0108", "an unknown protocol";
     /// `targetPort` is the port of the endpoints, 1 to 65535.
     BadTargetPort = "E0109", "a targetPort out of range";

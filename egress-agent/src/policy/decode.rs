@@ -2,60 +2,19 @@
 //!
 //! A decoder does not stop at the first mistake. Whoever gets `None` knows that it has been reported.
 
-use std::{collections::BTreeMap, fmt, path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use super::{
     Position,
     code::Code,
     diagnostic::{Finding, Severity, printable, quoted},
+    path::FieldPath,
     suggest::{choice, list, nearest},
     yaml::{Entry, Node, Scalar, ScalarKind, Span, Value},
 };
 
 /// Most errors, and most warnings and notes, that are kept for one file.
 pub const MAX_FINDINGS: usize = 1000;
-
-/// The way to a field, built without allocation as long as nobody asks for it.
-#[derive(Debug, Clone, Copy)]
-pub enum FieldPath<'a> {
-    /// The document.
-    Root,
-    /// A field of an object.
-    Field(&'a FieldPath<'a>, &'a str),
-    /// An item of a list.
-    Item(&'a FieldPath<'a>, usize),
-    /// A key of a mapping whose keys are data.
-    Key(&'a FieldPath<'a>, &'a str),
-}
-
-impl<'a> FieldPath<'a> {
-    /// A field below this.
-    pub const fn field(&'a self, name: &'a str) -> Self {
-        Self::Field(self, name)
-    }
-
-    /// An item below this.
-    pub const fn item(&'a self, index: usize) -> Self {
-        Self::Item(self, index)
-    }
-
-    /// A key below this.
-    pub const fn key(&'a self, key: &'a str) -> Self {
-        Self::Key(self, key)
-    }
-}
-
-impl fmt::Display for FieldPath<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Root => Ok(()),
-            Self::Field(Self::Root, name) => f.write_str(&printable(name)),
-            Self::Field(parent, name) => write!(f, "{parent}.{}", printable(name)),
-            Self::Item(parent, index) => write!(f, "{parent}[{index}]"),
-            Self::Key(parent, key) => write!(f, "{parent}[{:.80}]", printable(key)),
-        }
-    }
-}
 
 /// How strictly an object is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,8 +64,9 @@ impl<'f> Decoder<'f> {
         Self { file, findings: Vec::new(), errors: 0 }
     }
 
-    /// What was found, in order.
-    pub fn into_findings(self) -> Vec<Finding> {
+    /// What was found, by position.
+    pub fn into_findings(mut self) -> Vec<Finding> {
+        self.findings.sort_by_key(|finding| (finding.line, finding.column));
         self.findings
     }
 
@@ -135,7 +95,7 @@ impl<'f> Decoder<'f> {
         self.findings.push(Finding::at(last.0, self.file, Span { line, column, length }, last.1));
     }
 
-    /// Reports what is wrong with a field, and what to write instead.
+    /// Reports what is wrong with a field, and what to write instead (empty where there is nothing to write).
     pub fn say(
         &mut self,
         code: Code,
@@ -144,7 +104,8 @@ impl<'f> Decoder<'f> {
         message: impl Into<String>,
         help: impl Into<String>,
     ) {
-        self.push(Finding::at(code, self.file, span, message).with_path(path.to_string()).with_help(help));
+        let help = Some(help.into()).filter(|help| !help.is_empty());
+        self.push(Finding { help, ..Finding::at(code, self.file, span, message).with_path(path.to_string()) });
     }
 
     /// The fields of an object. Those it does not know are reported, with the name that may have been meant.
@@ -226,6 +187,22 @@ impl<'f> Decoder<'f> {
             _ => "value",
         };
         self.say(code, Span { length: span.length.max(1), ..span }, path, format!("`{name}` is missing"), help);
+    }
+
+    /// The value of a required field; if it is not there, that is reported.
+    pub fn required<'n>(
+        &mut self,
+        fields: &Fields<'n>,
+        name: &str,
+        at: Span,
+        path: &FieldPath<'_>,
+        (code, help): (Code, &str),
+    ) -> Option<&'n Node<'n>> {
+        let node = fields.get(name);
+        if node.is_none() {
+            self.missing(code, at, &path.field(name), help);
+        }
+        node
     }
 
     /// The entries of a mapping.

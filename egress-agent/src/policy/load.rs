@@ -13,10 +13,11 @@ use std::{
 use super::{
     Kind, ObjectName, PolicySet, Position,
     code::Code,
-    decode::{Decoder, FieldPath},
+    decode::Decoder,
     diagnostic::{Finding, Severity, quoted},
     egress_policy,
     object::{Role, role},
+    path::FieldPath,
     service_entry,
     yaml::{Node, Problem, Span, documents},
 };
@@ -59,8 +60,6 @@ pub struct Loaded {
     pub policies: PolicySet,
     /// What is wrong or worth knowing, by file and position.
     pub findings: Vec<Finding>,
-    /// Uses of fields that this version does not carry out: errors for whoever enforces.
-    pub unbuilt: Vec<Finding>,
     /// Files that were read.
     pub files: usize,
     /// Documents in them, of whatever kind, list items counted one by one.
@@ -91,7 +90,7 @@ pub fn load(paths: &[PathBuf], options: &LoadOptions) -> Result<Loaded, LoadErro
     let mut loader = Loader::default();
     let mut directories = BTreeSet::new();
     let mut left = MAX_TOTAL;
-    for found in files::find(paths, options, &mut directories)? {
+    for found in files::find(paths, &mut directories)? {
         let file: Arc<Path> = Arc::from(found.path.as_path());
         match files::read(&found, options, &mut left) {
             Ok(text) => loader.read(&file, &text),
@@ -117,7 +116,6 @@ struct Loader {
     policies: PolicySet,
     names: HashMap<ObjectName, Position>,
     findings: Vec<Finding>,
-    unbuilt: Vec<Finding>,
     files: usize,
     documents: usize,
     sources: HashMap<Arc<Path>, Arc<str>>,
@@ -201,10 +199,10 @@ impl Loader {
     }
 
     fn finish(self, directories: Vec<PathBuf>) -> Loaded {
-        let Self { mut policies, findings, unbuilt, files, documents, sources, .. } = self;
+        let Self { mut policies, findings, files, documents, sources, .. } = self;
         policies.service_entries.sort_by(|a, b| a.object.cmp(&b.object));
         policies.egress_policies.sort_by(|a, b| a.object.cmp(&b.object));
-        Loaded { policies, findings, unbuilt, files, documents, directories, sources }
+        Loaded { policies, findings, files, documents, directories, sources }
     }
 }
 

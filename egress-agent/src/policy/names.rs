@@ -61,9 +61,9 @@ pub fn host_pattern(text: &str) -> Result<HostPattern, BadHost> {
         return Err(bad("the host `*` would be every name there is", "name the hosts, as `*.example.com`"));
     }
     let Some(rest) = text.strip_prefix('*') else { return fqdn_in(text, true).map(HostPattern::Exact) };
-    let fits = length_fits(text)?;
+    length_fits(text)?;
     match rest.strip_prefix('.') {
-        Some(suffix) => fqdn_in(suffix, false).map(HostPattern::Below).map(|pattern| (fits, pattern).1),
+        Some(suffix) => fqdn_in(suffix, false).map(HostPattern::Below),
         None => partial(rest).map(HostPattern::Ending),
     }
 }

@@ -5,9 +5,10 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::{
     Kind, ObjectName,
     code::Code,
-    decode::{Decoder, Dialect, FieldPath, is_null},
+    decode::{Decoder, Dialect, is_null},
     diagnostic::quoted,
     names::{is_namespace, is_object_name},
+    path::FieldPath,
     suggest::{list, nearest},
     yaml::{Node, Span, Value},
 };
@@ -124,7 +125,7 @@ fn foreign(decoder: &mut Decoder<'_>, path: &FieldPath<'_>, api_version: Located
 
 fn skip(decoder: &mut Decoder<'_>, path: &FieldPath<'_>, kind: Located<'_>) -> Role {
     let message = format!("{} carries no egress rules and is skipped", quoted(kind.0));
-    decoder.say(Code::Skipped, kind.1, &path.field("kind"), message, "nothing to do");
+    decoder.say(Code::Skipped, kind.1, &path.field("kind"), message, "");
     Role::None
 }
 

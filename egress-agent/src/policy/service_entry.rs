@@ -11,10 +11,11 @@ use super::{
     ExportTo, HostPattern, Kind, Location, Resolution, ServiceEntry,
     address::{self, network},
     code::Code,
-    decode::{Decoder, Dialect, FieldPath, Fields},
+    decode::{Decoder, Dialect, Fields},
     diagnostic::quoted,
     names::host_pattern,
     object::{Metadata, metadata},
+    path::FieldPath,
     yaml::{Node, ScalarKind, Span, Value},
 };
 
@@ -58,13 +59,9 @@ pub fn decode(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) 
     let object = decoder.fields(node, path, &OBJECT, Dialect::Kubernetes)?;
     let at = path.field("metadata");
     let metadata = metadata(decoder, Kind::ServiceEntry, object.get("metadata"), node.span, &at);
-    let entry = match object.get("spec") {
-        Some(spec) => spec_of(decoder, spec, metadata.as_ref(), &path.field("spec")),
-        None => {
-            decoder.missing(Code::MissingField, node.span, &path.field("spec"), "hosts and ports stand in `spec`");
-            None
-        }
-    };
+    let required = (Code::MissingField, "hosts and ports stand in `spec`");
+    let spec = decoder.required(&object, "spec", node.span, path, required);
+    let entry = spec.and_then(|spec| spec_of(decoder, spec, metadata.as_ref(), &path.field("spec")));
     let mut entry = ServiceEntry { object: metadata?.object, at: decoder.position(node.span), ..entry? };
     if let Some(status) = object.get("status") {
         entry.addresses.extend(status_addresses(status));
@@ -143,7 +140,7 @@ fn spec_of<'n>(
         at: decoder.position(node.span),
         hosts: spec.hosts.into_iter().map(|host| host.pattern).collect(),
         addresses: spec.addresses.nets,
-        ports: spec.ports.into_iter().map(|port| port.service_port).collect(),
+        ports: spec.ports.into_iter().map(|port| port.service).collect(),
         location: spec.location,
         resolution: resolution?,
         endpoints,

@@ -31,13 +31,8 @@ pub(super) enum ReadError {
 }
 
 /// The files that the paths stand for, each once, in a fixed order, and the directories they depend on.
-pub(super) fn find(
-    paths: &[PathBuf],
-    options: &LoadOptions,
-    directories: &mut BTreeSet<PathBuf>,
-) -> Result<Vec<Found>, LoadError> {
+pub(super) fn find(paths: &[PathBuf], directories: &mut BTreeSet<PathBuf>) -> Result<Vec<Found>, LoadError> {
     let mut search = Search { directories, seen: HashSet::new(), found: Vec::new() };
-    let _ = options;
     let mut paths = paths.to_vec();
     paths.sort();
     for path in paths {
@@ -132,13 +127,12 @@ fn parts(path: &Path) -> impl Iterator<Item = OsString> {
 
 /// The bytes of a file; `left` is what may still be read of all files.
 pub(super) fn read(found: &Found, options: &LoadOptions, left: &mut u64) -> Result<Vec<u8>, ReadError> {
-    let failed = |cause: io::Error| match found.named {
-        true => ReadError::Named(cause),
-        false => ReadError::Finding(
-            Code::Unreadable,
-            format!("cannot read this file: {cause}"),
-            "delete it, or make it readable",
-        ),
+    let failed = |cause: io::Error| {
+        if found.named {
+            return ReadError::Named(cause);
+        }
+        let message = format!("cannot read this file: {cause}");
+        ReadError::Finding(Code::Unreadable, message, "delete it, or make it readable")
     };
     let metadata = fs::metadata(&found.path).map_err(failed)?;
     if !metadata.is_file() && !found.named {

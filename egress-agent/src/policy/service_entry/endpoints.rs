@@ -24,7 +24,7 @@ pub(super) fn decode(decoder: &mut Decoder<'_>, spec: &Spec<'_>, path: &FieldPat
         None | Some(Resolution::None | Resolution::DynamicDns) => return Vec::new(),
         Some(resolution) => resolution,
     };
-    let reader = Reader { resolution, spec, names: spec.ports.iter().map(|port| &*port.service_port.name).collect() };
+    let reader = Reader { resolution, spec, names: spec.ports.iter().map(|port| &*port.service.name).collect() };
     let items = spec.endpoint_nodes.iter().enumerate();
     items.filter_map(|(index, item)| reader.endpoint(decoder, item, &path.item(index))).collect()
 }
@@ -150,7 +150,7 @@ impl Reader<'_> {
             let (name, path) = (&*entry.key, path.key(&entry.key));
             if !self.names.contains(name) {
                 let message = format!("the entry has no port named {}", quoted(name));
-                let known: Vec<&str> = self.spec.ports.iter().map(|port| &*port.service_port.name).take(8).collect();
+                let known: Vec<&str> = self.spec.ports.iter().map(|port| &*port.service.name).take(8).collect();
                 let help = match known.as_slice() {
                     [] => "list the port in `spec.ports` first".to_owned(),
                     known => crate::policy::suggest::choice(name, known),

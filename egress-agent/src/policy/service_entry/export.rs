@@ -1,6 +1,6 @@
 //! `exportTo`: the namespaces that see an entry.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use super::{Code, Decoder, ExportTo, FieldPath, Node, quoted};
 use crate::policy::{names::is_dns_label, yaml::Span};
@@ -14,16 +14,17 @@ pub(super) fn decode(
 ) -> Option<ExportTo> {
     let items = decoder.items(node, path)?;
     let before = decoder.errors();
-    let mut seen = HashSet::new();
+    let mut seen = HashMap::new();
     for (index, item) in items.iter().enumerate() {
         let path = path.item(index);
         let Some(text) = decoder.text(item, &path) else { continue };
         check(decoder, text, item.span, &path);
         let name = if text == "." { namespace } else { text };
-        if !seen.insert(name) {
-            let message = match text {
-                "." => format!("`.` and `{namespace}` are the same namespace"),
-                _ => format!("{} is listed twice", quoted(text)),
+        if let Some(first) = seen.insert(name, text) {
+            let message = if first == text {
+                format!("{} is listed twice", quoted(text))
+            } else {
+                format!("`.` and `{namespace}` are the same namespace")
             };
             decoder.say(Code::BadExportTo, item.span, &path, message, "delete one of them");
         }
@@ -33,8 +34,8 @@ pub(super) fn decode(
     }
     (decoder.errors() == before).then(|| match items {
         [] => ExportTo::All,
-        _ if seen.contains("*") => ExportTo::All,
-        _ if seen.contains("~") => ExportTo::Nobody,
+        _ if seen.contains_key("*") => ExportTo::All,
+        _ if seen.contains_key("~") => ExportTo::Nobody,
         _ => ExportTo::Namespaces(sorted(&seen)),
     })
 }
@@ -47,19 +48,19 @@ fn check(decoder: &mut Decoder<'_>, text: &str, span: Span, path: &FieldPath<'_>
     }
 }
 
-fn exclusive(decoder: &mut Decoder<'_>, seen: &HashSet<&str>, span: Span, path: &FieldPath<'_>) {
-    if seen.contains("*") {
+fn exclusive(decoder: &mut Decoder<'_>, seen: &HashMap<&str, &str>, span: Span, path: &FieldPath<'_>) {
+    if seen.contains_key("*") {
         let message = "`*` exports to every namespace, so nothing can stand beside it";
         decoder.say(Code::BadExportTo, span, path, message, "write `[\"*\"]` alone, or only the namespaces");
     }
-    if seen.contains("~") {
+    if seen.contains_key("~") {
         let message = "`~` exports to nobody, so nothing can stand beside it";
         decoder.say(Code::BadExportTo, span, path, message, "write `[\"~\"]` alone, or only the namespaces");
     }
 }
 
-fn sorted(names: &HashSet<&str>) -> Vec<String> {
-    let mut names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+fn sorted(names: &HashMap<&str, &str>) -> Vec<String> {
+    let mut names: Vec<String> = names.keys().map(|&name| name.to_owned()).collect();
     names.sort();
     names
 }

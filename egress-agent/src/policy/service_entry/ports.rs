@@ -39,7 +39,7 @@ const PROTOCOLS: [(&str, &str, Family); 12] = [
 
 /// A port with what the rules of its entry ask about it.
 pub(super) struct Port {
-    pub service_port: ServicePort,
+    pub service: ServicePort,
     /// `None` when the document names no protocol.
     pub family: Option<Family>,
     /// The protocol is absent, or `TCP` in upper case: Istio's rule about addresses looks no further.
@@ -55,13 +55,13 @@ pub(super) fn decode(decoder: &mut Decoder<'_>, node: Option<&Node<'_>>, path: &
     for (index, item) in items.iter().enumerate() {
         let path = path.item(index);
         let Some((port, number_span, name_span)) = port(decoder, item, &path) else { continue };
-        if let Some(line) = numbers.insert(port.service_port.number, item.span.line) {
-            let message = format!("port {} is listed already, on line {line}", port.service_port.number);
+        if let Some(line) = numbers.insert(port.service.number, item.span.line) {
+            let message = format!("port {} is listed already, on line {line}", port.service.number);
             let help = "one port number stands for one protocol: delete one of the two";
             decoder.say(Code::DuplicatePortNumber, number_span, &path.field("number"), message, help);
         }
-        if let Some(line) = names.insert(port.service_port.name.clone(), item.span.line) {
-            let message = format!("the name {} is taken, on line {line}", quoted(&port.service_port.name));
+        if let Some(line) = names.insert(port.service.name.clone(), item.span.line) {
+            let message = format!("the name {} is taken, on line {line}", quoted(&port.service.name));
             let help = "endpoints refer to ports by name: give each its own";
             decoder.say(Code::BadPortName, name_span, &path.field("name"), message, help);
         }
@@ -72,40 +72,29 @@ pub(super) fn decode(decoder: &mut Decoder<'_>, node: Option<&Node<'_>>, path: &
 
 fn port(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<(Port, Span, Span)> {
     let fields = decoder.fields(node, path, &PORT, Dialect::Proto)?;
-    let number_node = fields.get("number");
-    let number = match number_node {
-        Some(node) => decoder.port(node, &path.field("number"), Code::BadPortNumber, Dialect::Proto),
-        None => {
-            decoder.missing(Code::BadPortNumber, node.span, &path.field("number"), "write the port that clients dial");
-            None
-        }
-    };
-    let name_node = fields.get("name");
-    let name = match name_node {
-        Some(node) => name(decoder, node, &path.field("name")),
-        None => {
-            decoder.missing(Code::BadPortName, node.span, &path.field("name"), "every port has a name, as `tcp-mysql`");
-            None
-        }
-    };
-    let target_port = match fields.get("targetPort") {
-        Some(node) => Some(decoder.port(node, &path.field("targetPort"), Code::BadTargetPort, Dialect::Proto)),
-        None => None,
-    };
+    let required = (Code::BadPortNumber, "write the port that clients dial");
+    let number_node = decoder.required(&fields, "number", node.span, path, required);
+    let number =
+        number_node.and_then(|node| decoder.port(node, &path.field("number"), Code::BadPortNumber, Dialect::Proto));
+    let required = (Code::BadPortName, "every port has a name, as `tcp-mysql`");
+    let name_node = decoder.required(&fields, "name", node.span, path, required);
+    let name = name_node.and_then(|node| name(decoder, node, &path.field("name")));
+    let target = fields.get("targetPort");
+    let target = target.map(|node| decoder.port(node, &path.field("targetPort"), Code::BadTargetPort, Dialect::Proto));
     let protocol = match fields.get("protocol") {
         Some(node) => protocol(decoder, node, &path.field("protocol"))?,
         None => Protocol::ABSENT,
     };
-    let service_port = ServicePort {
+    let service = ServicePort {
         name: name?.to_owned(),
         number: number?,
         l4: if protocol.family == Some(Family::Udp) { L4::Udp } else { L4::Tcp },
         app_protocol: protocol.name,
-        target_port: target_port.map_or(Some(None), |port| port.map(Some))?,
+        target_port: target.map_or(Some(None), |port| port.map(Some))?,
         at: decoder.position(node.span),
     };
     let Protocol { family, is_plain_tcp, .. } = protocol;
-    let port = Port { service_port, family, is_plain_tcp, span: node.span };
+    let port = Port { service, family, is_plain_tcp, span: node.span };
     Some((port, number_node?.span, name_node?.span))
 }
 

@@ -140,7 +140,7 @@ fn dynamic_dns(decoder: &mut Decoder<'_>, spec: &Spec<'_>, metadata: Option<&Met
         }
     }
     for (index, port) in spec.ports.iter().enumerate() {
-        let name = port.service_port.app_protocol;
+        let name = port.service.app_protocol;
         if !matches!(name, Some("HTTP" | "HTTP2" | "GRPC" | "TLS")) {
             let message = format!("DYNAMIC_DNS cannot read a host name from {}", name.unwrap_or("an unnamed protocol"));
             let help = "its ports are HTTP, HTTP2, GRPC or TLS";
@@ -188,7 +188,7 @@ fn indistinguishable_hosts(decoder: &mut Decoder<'_>, spec: &Spec<'_>, resolutio
     }
     let cannot_tell = |port: &&super::Port| !matches!(port.family, Some(Family::Http | Family::Tls));
     if let Some(port) = spec.ports.iter().find(cannot_tell) {
-        let name = port.service_port.app_protocol.unwrap_or("a port without protocol");
+        let name = port.service.app_protocol.unwrap_or("a port without protocol");
         let message = format!("the entry has {} hosts, and {name} cannot tell which is meant", spec.hosts.len());
         let help = "write one entry for each host, or `resolution: NONE`";
         decoder.say(Code::HostsIndistinguishable, port.span, &path.field("ports"), message, help);

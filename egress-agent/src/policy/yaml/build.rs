@@ -55,9 +55,11 @@ impl<'t> Documents<'t> {
     fn event(&mut self) -> Result<Option<(Event<'t>, Span)>, Problem> {
         self.meter.rewind();
         let Some(event) = self.parser.as_mut().and_then(Parser::next_event) else { return Ok(None) };
+        let cut = self.meter.ran_out();
         match event {
+            Ok((_, span)) if cut => Err(too_long(self.span(span))),
+            Err(error) if cut => Err(too_long(self.mark(&error))),
             Ok((event, span)) => Ok(Some((event, self.span(span)))),
-            Err(error) if self.meter.ran_out() => Err(too_long(self.mark(&error))),
             Err(error) => Err(explain(&error, self.mark(&error), self.text)),
         }
     }
@@ -198,7 +200,8 @@ impl<'t> Builder<'t> {
     fn tag(&mut self, tag: Option<&Tag>, known: &[&str], span: Span) -> bool {
         let Some(tag) = tag else { return false };
         let non_specific = tag.handle.is_empty() && tag.suffix == "!";
-        if !non_specific && !(tag.is_yaml_core_schema() && known.contains(&&*tag.suffix)) {
+        let is_plain = tag.is_yaml_core_schema() && known.contains(&&*tag.suffix);
+        if !(non_specific || is_plain) {
             let message = "a tag (`!…`) changes what the value means and is not read here";
             let help = "leave out the tag, and put text in quotes";
             self.problems.push(Problem::new(Code::UnsupportedTag, span, message).help(help));
