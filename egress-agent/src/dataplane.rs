@@ -21,12 +21,13 @@ use aya::{
     },
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError},
 };
-use egress_common::{Counter, Entries, Entry, Hook, Meta, RuleId, Segment, map};
+use egress_common::{ABI_VERSION, Counter, Entries, Entry, Hook, Meta, RuleId, Segment, map};
 use rustix::io::Errno;
 use thiserror::Error;
 use zerocopy::transmute;
 
 use crate::{
+    pins::{PinDirectory, PinError},
     policy::RuleName,
     prefix::Prefix,
     ruleset::{Ruleset, Table, in_slot, rule_id},
@@ -84,6 +85,18 @@ pub enum DataplaneError {
         #[source]
         cause: MapError,
     },
+    /// The maps could not be pinned.
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    /// A map could not be pinned.
+    #[error("cannot pin map {name}")]
+    Pin {
+        /// The map.
+        name: &'static str,
+        /// Why.
+        #[source]
+        cause: aya::pin::PinError,
+    },
     /// A program could not be attached.
     #[error("cannot attach {hook} to cgroup {}", .cgroup.display())]
     Attach {
@@ -111,6 +124,7 @@ impl RuleNames {
 /// Programs and maps in the kernel. Detaches when dropped.
 pub struct Dataplane {
     ebpf: Ebpf,
+    _pins: Option<PinDirectory>,
     policy: ArrayOfMaps<MapData, Trie>,
     segments: ArrayOfMaps<MapData, Segments>,
     meta: Array<MapData, [u8; size_of::<Meta>()]>,
@@ -157,8 +171,9 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
 }
 
 impl Dataplane {
-    /// Loads the programs and creates the maps. Nothing is attached, and no policy is in force.
-    pub fn prepare(object: &[u8], log: KernelLog) -> Result<Self, DataplaneError> {
+    /// Loads the programs and creates the maps, which can be found in the pin directory from then on. Nothing is attached,
+    /// and no policy is in force.
+    pub fn prepare(object: &[u8], log: KernelLog, mut pins: Option<PinDirectory>) -> Result<Self, DataplaneError> {
         let level: u8 = match log {
             KernelLog::Off => 0,
             KernelLog::Debug => aya_log::Level::Debug as u8,
@@ -170,11 +185,15 @@ impl Dataplane {
         for hook in Hook::ALL.iter().map(|hook| hook.as_str()) {
             program(&mut ebpf, hook)?.load().map_err(|cause| DataplaneError::Program { hook, cause })?;
         }
+        if let Some(pins) = &mut pins {
+            pin_maps(&ebpf, pins)?;
+        }
         Ok(Self {
             policy: take(&mut ebpf, map::POLICY)?,
             segments: take(&mut ebpf, map::SEGMENTS)?,
             meta: take(&mut ebpf, map::META)?,
             ebpf,
+            _pins: pins,
             generation: 0,
             in_use: [0; 2],
             rules: RuleIds::default(),
@@ -270,6 +289,23 @@ impl Dataplane {
             .map(|counter| Ok((counter, stats.get(&counter.index(), 0).map_err(read)?.iter().sum())))
             .collect()
     }
+}
+
+fn pin_maps(ebpf: &Ebpf, pins: &mut PinDirectory) -> Result<(), DataplaneError> {
+    for name in [map::POLICY, map::SEGMENTS, map::EVENTS, map::STATS, map::META] {
+        let map = ebpf.map(name).ok_or(DataplaneError::Missing { what: "map", name })?;
+        map.pin(pins.place(name)?).map_err(|cause| DataplaneError::Pin { name, cause })?;
+    }
+    Ok(())
+}
+
+/// The process that filled the maps of a pin directory, if they are of this version and tell.
+pub fn pinned_by(directory: &Path) -> Option<u32> {
+    let map = MapData::from_pin(directory.join(map::META)).ok()?;
+    // Checks the sizes, so a map of another version is not misread.
+    let meta = Array::<_, [u8; size_of::<Meta>()]>::try_from(Map::Array(map)).ok()?;
+    let meta: Meta = transmute!(meta.get(&0, 0).ok()?);
+    (meta.abi() == ABI_VERSION).then(|| meta.pid())
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut CgroupSockAddr, DataplaneError> {

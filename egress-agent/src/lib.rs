@@ -8,6 +8,7 @@ pub mod cli;
 pub mod compile;
 pub mod dataplane;
 pub mod events;
+pub mod pins;
 pub mod policy;
 pub mod prefix;
 mod report;

@@ -1,13 +1,17 @@
 //! `egress-agent`: the command. Only here are errors printed, the environment read, and the exit status chosen.
 
-use std::process::ExitCode;
+use std::{io::IsTerminal, process::ExitCode};
 
 use clap::Parser;
 use egress_agent::{
     cli::{Cli, Command, LogLevel, RunArgs},
     run::{self, chain},
 };
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
 /// The kernel programs.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("EGRESS_EBPF_OBJECT"));
@@ -44,11 +48,11 @@ fn start_log(level: LogLevel) {
         LogLevel::Info => LevelFilter::INFO,
         LogLevel::Debug => LevelFilter::DEBUG,
     };
-    let color = std::io::IsTerminal::is_terminal(&std::io::stderr()) && std::env::var_os("NO_COLOR").is_none();
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(color)
-        .with_target(false);
-    subscriber.init();
+    // Libraries speak only of what goes wrong, in their own words.
+    let targets = Targets::new()
+        .with_default(filter.min(LevelFilter::WARN))
+        .with_targets([("egress_agent", filter), ("egress_ebpf", filter)]);
+    let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(color).with_target(false);
+    tracing_subscriber::registry().with(format).with(targets).init();
 }

@@ -22,9 +22,11 @@ use crate::{
     compile::{Context, NodeDefault, combine::service_statements, compile},
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog},
     events::Enricher,
+    pins::{PinDirectory, PinError},
     policy::{
         PolicySet,
-        diagnostic::Severity,
+        diagnostic::{Finding, Severity},
+        egress_policy::unbuilt::unsupported,
         load::{LoadError, LoadOptions, Loaded, load},
     },
     report::Reporter,
@@ -49,6 +51,9 @@ pub enum RunError {
     /// The cgroup cannot be had.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The pin directory cannot be had.
+    #[error(transparent)]
+    Pins(#[from] PinError),
     /// The kernel cannot be brought to enforce.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
@@ -69,7 +74,8 @@ impl RunError {
         match self {
             Self::Load(_) | Self::Invalid { .. } => 1,
             Self::Cgroup(CgroupError::NotFound { .. } | CgroupError::NotCgroup2 { .. }) => 2,
-            Self::Cgroup(_) | Self::Dataplane(_) | Self::System { .. } => 4,
+            Self::Pins(PinError::Claimed { .. }) => 5,
+            Self::Cgroup(_) | Self::Dataplane(_) | Self::Pins(_) | Self::System { .. } => 4,
         }
     }
 }
@@ -91,7 +97,9 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     dataplane::probe()?;
     let mount = cgroup::mount_point()?;
     let cgroup = Cgroup::open(&args.cgroup, &mount)?;
-    let mut dataplane = Dataplane::prepare(object, kernel_log(log))?;
+    let claim = |path: &PathBuf| PinDirectory::claim(path, dataplane::pinned_by);
+    let pins = args.pin_dir.as_ref().map(claim).transpose()?;
+    let mut dataplane = Dataplane::prepare(object, kernel_log(log), pins)?;
     let applied = dataplane.apply(&ruleset)?;
     let reporter = start_reports(&mut dataplane, mount, args.output)?;
     dataplane.attach(&cgroup.directory, &cgroup.path)?;
@@ -146,7 +154,7 @@ impl Source {
     fn new(args: &RunArgs) -> Result<Self, RunError> {
         Ok(Self {
             paths: args.policies.clone(),
-            options: LoadOptions { require_root_owned: !args.allow_writable_policies, ..LoadOptions::default() },
+            options: LoadOptions { require_root_owned: !args.allow_writable_policies },
             node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
             watch: Watch::new().map_err(system("cannot watch policy files"))?,
             unsure: false,
@@ -161,8 +169,10 @@ impl Source {
         let loaded = load(&self.paths, &self.options)?;
         let directories = loaded.directories.iter().map(PathBuf::as_path);
         self.unsure = self.watch.add(directories).map_err(system("cannot watch policy files"))?;
-        report_findings(&loaded);
-        let errors = loaded.findings.iter().filter(|finding| finding.severity == Severity::Error).count();
+        let unbuilt: Vec<Finding> = loaded.policies.egress_policies.iter().flat_map(unsupported).collect();
+        let findings = || loaded.findings.iter().chain(&unbuilt);
+        findings().for_each(report);
+        let errors = findings().filter(|finding| finding.severity == Severity::Error).count();
         if errors > 0 {
             return Err(RunError::Invalid { errors });
         }
@@ -175,16 +185,13 @@ impl Source {
     }
 }
 
-fn report_findings(loaded: &Loaded) {
-    for finding in &loaded.findings {
-        let (code, file, line, column) = (finding.code.as_str(), &finding.file, finding.line, finding.column);
-        let (path, help) = (&finding.path, finding.help.as_deref().unwrap_or_default());
-        let file = file.display();
-        match finding.severity {
-            Severity::Error => tracing::error!(%code, %file, line, column, %path, help, "{}", finding.message),
-            Severity::Warning => tracing::warn!(%code, %file, line, column, %path, help, "{}", finding.message),
-            Severity::Note => tracing::info!(%code, %file, line, column, %path, help, "{}", finding.message),
-        }
+fn report(finding: &Finding) {
+    let (code, file, line, column) = (finding.code.as_str(), finding.file.display(), finding.line, finding.column);
+    let (path, help) = (&finding.path, finding.help.as_deref().unwrap_or_default());
+    match finding.severity {
+        Severity::Error => tracing::error!(%code, %file, line, column, %path, help, "{}", finding.message),
+        Severity::Warning => tracing::warn!(%code, %file, line, column, %path, help, "{}", finding.message),
+        Severity::Note => tracing::info!(%code, %file, line, column, %path, help, "{}", finding.message),
     }
 }
 

@@ -100,9 +100,15 @@ impl Agent {
     pub fn stop(mut self) -> Result<(ExitStatus, Vec<Value>, Vec<String>)> {
         self.signal(Signal::TERM)?;
         let status = self.exit_status()?;
+        let (denials, log) = self.rest()?;
+        Ok((status, denials, log))
+    }
+
+    /// What an agent that has ended left: its remaining denials and its whole log.
+    pub fn rest(&mut self) -> Result<(Vec<Value>, Vec<String>)> {
         let denials = self.denials.iter().map(|line| Ok(serde_json::from_str(&line)?)).collect::<Result<_>>()?;
         self.seen.extend(self.log.iter());
-        Ok((status, denials, std::mem::take(&mut self.seen)))
+        Ok((denials, std::mem::take(&mut self.seen)))
     }
 
     /// Waits until it ends by itself.

@@ -65,6 +65,17 @@ fn export_to() -> impl Strategy<Value = Option<Value>> {
     ]
 }
 
+/// A file of several documents; JSON is YAML.
+pub fn file(documents: &[Value]) -> String {
+    let mut text = String::new();
+    for document in documents {
+        text.push_str("---\n");
+        text.push_str(&document.to_string());
+        text.push('\n');
+    }
+    text
+}
+
 /// A `ServiceEntry` with addresses, or with addresses and endpoints of its own.
 pub fn service_entry(index: usize) -> impl Strategy<Value = Value> {
     let endpoints = vec((host_address(), proptest::option::of(port())), 0..3);

@@ -4,7 +4,10 @@
 //! Nothing here is mocked. Everything that is created has a name of its own and is removed when its value is dropped,
 //! also when a test fails. No packet leaves the machine: traffic stays in network namespaces made here.
 
+#![expect(clippy::missing_panics_doc, reason = "a test that cannot go on may panic anywhere")]
+
 pub mod agent;
+pub mod bpffs;
 pub mod cgroup;
 pub mod dial;
 pub mod generate;

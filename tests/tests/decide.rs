@@ -25,7 +25,7 @@ fn context() -> impl Strategy<Value = Context> {
 }
 
 fn parse(documents: &[serde_json::Value]) -> PolicySet {
-    let text: String = documents.iter().map(|document| format!("---\n{document}\n")).collect();
+    let text = generate::file(documents);
     let loaded = load_text("generated.yaml", &text);
     assert!(!loaded.has_errors(), "{:#?}\n{text}", loaded.findings);
     loaded.policies

@@ -60,7 +60,7 @@ fn the_kernel_decides_as_the_reference_says() {
     let (mut refused, mut calls) = (0, 0);
     for round in 1..=POLICIES {
         let entries: Vec<Value> = (0..4).map(|index| pick(&mut runner, generate::service_entry(index))).collect();
-        let text: String = entries.iter().map(|document| format!("---\n{document}\n")).collect();
+        let text = generate::file(&entries);
         fs::write(directory.path().join("policy.yaml"), &text).unwrap();
         agent.wait_for(&format!("policy applied generation={} ", round + 1)).unwrap();
         let policies = load_text("policy.yaml", &text).policies;

@@ -6,7 +6,7 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{build, process, step, test, toolchain::Toolchain, workspace::Workspace};
+use crate::{build, install::Crate, process, step, test, toolchain::Toolchain, workspace::Workspace};
 
 const DENY_VERSION: &str = "0.20.2";
 
@@ -66,9 +66,8 @@ fn cargo_deny(workspace: &Workspace) -> Result<PathBuf> {
     let directory = workspace.target("tools/cargo-deny");
     step::once(&directory, DENY_VERSION, |directory| {
         eprintln!("xtask: building cargo-deny {DENY_VERSION}, which takes minutes");
-        let mut cargo = workspace.cargo();
-        cargo.args(["install", "cargo-deny", "--version", DENY_VERSION, "--locked", "--no-track", "--root"]);
-        process::run_to_stderr(cargo.arg(directory), "building cargo-deny")
+        let deny = Crate { name: "cargo-deny", version: DENY_VERSION, arguments: &[], variables: &[] };
+        deny.install(workspace, directory)
     })?;
     Ok(directory.join("bin/cargo-deny"))
 }

@@ -7,6 +7,7 @@ mod build;
 mod ci;
 mod companions;
 mod debian;
+mod install;
 mod process;
 mod root;
 mod run;

@@ -41,7 +41,7 @@ fn run(workspace: &Workspace, environment: &Environment, selection: &[OsString],
     } else {
         cargo.arg("--config").arg(runner(&root::sudo(environment))?);
     }
-    cargo.arg("test").args(packages(selection)).args(selection).args(rest);
+    cargo.args(["test", "--no-fail-fast"]).args(packages(selection)).args(selection).args(rest);
     process::run(&mut cargo, "testing")
 }
 

@@ -13,7 +13,8 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     debian::{self, Debian},
-    process, step,
+    install::Crate,
+    step,
     workspace::Workspace,
 };
 
@@ -95,21 +96,18 @@ fn llvm_version(library: &Path) -> Option<u32> {
 fn build_linker(workspace: &Workspace, rustc: &Path, directory: &Path) -> Result<()> {
     let llvm = llvm_version(&llvm_library(rustc)?).context("libLLVM has no version")?;
     eprintln!("xtask: building bpf-linker {LINKER_VERSION} for LLVM {llvm}, which takes about a minute");
-    let build = workspace.target("toolchain/bpf-linker-build");
-    let mut cargo = workspace.cargo();
-    cargo
-        .args(["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--no-track"])
-        .args(["--no-default-features", "--features", &format!("llvm-{llvm}")])
-        .arg("--root")
-        .arg(directory)
-        .arg("--target-dir")
-        .arg(&build)
-        .env("LLVM_PREFIX", rustc.join("llvm"))
-        // The linker's time goes into LLVM: more optimisation here would only make its build longer.
-        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
-    process::run_to_stderr(&mut cargo, "building bpf-linker")?;
-    debian::write_wrapper(&directory.join("bpf-linker"), rustc, "exec \"$here/bin/bpf-linker\" \"$@\"")?;
-    fs::remove_dir_all(&build).with_context(|| format!("cannot remove {}", build.display()))
+    let linker = Crate {
+        name: "bpf-linker",
+        version: LINKER_VERSION,
+        arguments: &["--no-default-features", "--features", &format!("llvm-{llvm}")],
+        variables: &[
+            ("LLVM_PREFIX", rustc.join("llvm").into()),
+            // The linker's time goes into LLVM: more optimisation here would only make its build longer.
+            ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1".into()),
+        ],
+    };
+    linker.install(workspace, directory)?;
+    debian::write_wrapper(&directory.join("bpf-linker"), rustc, "exec \"$here/bin/bpf-linker\" \"$@\"")
 }
 
 #[cfg(test)]

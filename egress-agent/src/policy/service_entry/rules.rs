@@ -39,13 +39,13 @@ fn hosts(decoder: &mut Decoder<'_>, spec: &Spec<'_>, path: &FieldPath<'_>) {
 }
 
 fn selector(decoder: &mut Decoder<'_>, spec: &Spec<'_>, path: &FieldPath<'_>) {
-    let Some(span) = spec.fields.key("workloadSelector") else { return };
+    let (Some(span), Some(labels)) = (spec.fields.key("workloadSelector"), &spec.selector) else { return };
     let path = path.field("workloadSelector");
     if !spec.endpoint_nodes.is_empty() {
         let message = "an entry has `endpoints` or a `workloadSelector`, not both";
         decoder.say(Code::EndpointsAndSelector, span, &path, message, "delete one of the two");
     }
-    if spec.selector.as_ref().is_some_and(std::collections::BTreeMap::is_empty) {
+    if labels.is_empty() {
         let message = "a `workloadSelector` without labels selects every workload of the namespace";
         decoder.say(Code::EmptyWorkloadSelector, span, &path, message, "name labels, or delete it");
     }

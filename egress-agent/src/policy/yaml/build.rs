@@ -12,7 +12,7 @@ use saphyr_parser::{BufferedInput, Event, Parser, ScalarStyle, ScanError, Tag};
 
 use super::{
     Document, Entry, MAX_ALIASED, MAX_DEPTH, MAX_NODES, MAX_TOKEN, Node, Problem, Scalar, ScalarKind, Span, Value,
-    count, lines, unique,
+    count, end_of, lines, unique,
 };
 use crate::policy::code::Code;
 
@@ -25,11 +25,14 @@ pub(super) struct Documents<'t> {
     parser: Option<Parser<'t, BufferedInput<Feed<'t>>>>,
     meter: Rc<Meter>,
     aliased: usize,
+    /// Where lines begin that are indented with tabs.
+    tabs: Vec<Span>,
 }
 
 impl<'t> Documents<'t> {
     pub(super) fn new(text: &'t str) -> Self {
-        let mut documents = Self { text, base: 0, parser: None, meter: Rc::default(), aliased: 0 };
+        let mut documents =
+            Self { text, base: 0, parser: None, meter: Rc::default(), aliased: 0, tabs: indented_with_tabs(text) };
         documents.start(text, 0);
         documents
     }
@@ -74,6 +77,13 @@ impl<'t> Documents<'t> {
         Span { line: count(mark.line().max(1)).saturating_add(self.base), column: count(mark.col() + 1), length: 1 }
     }
 
+    /// The parser lets some tabs pass; how deep they indent is anyone's guess.
+    fn no_tab(&self, builder: &Builder<'_>, span: Span) -> Result<(), Problem> {
+        let place = |span: &Span| (span.line, span.column);
+        let indented = self.tabs.binary_search_by_key(&place(&span), place).is_ok();
+        if indented && !builder.in_flow() { Err(tab(Span { column: 1, length: 1, ..span })) } else { Ok(()) }
+    }
+
     /// Reads to the end of the document at hand; `None` at the end of the text.
     fn read(&mut self) -> Result<Option<Document<'t>>, (Vec<Problem>, Problem)> {
         let mut builder = Builder { aliased: self.aliased, ..Builder::default() };
@@ -81,7 +91,7 @@ impl<'t> Documents<'t> {
             let step = match self.event() {
                 Ok(None | Some((Event::StreamEnd, _))) => return Ok(None),
                 Ok(Some((Event::DocumentEnd, _))) => break,
-                Ok(Some((event, span))) => builder.event(event, span),
+                Ok(Some((event, span))) => self.no_tab(&builder, span).and_then(|()| builder.event(event, span)),
                 Err(problem) => Err(problem),
             };
             step.map_err(|problem| (std::mem::take(&mut builder.problems), problem))?;
@@ -174,6 +184,11 @@ enum Key<'t> {
 }
 
 impl<'t> Builder<'t> {
+    /// Whether a collection in brackets is open: those begin with a character of their own.
+    fn in_flow(&self) -> bool {
+        self.open.iter().any(|open| open.span.length > 0)
+    }
+
     fn event(&mut self, event: Event<'t>, span: Span) -> Result<(), Problem> {
         match event {
             Event::Scalar(text, style, anchor, tag) => {
@@ -328,34 +343,78 @@ fn too_long(span: Span) -> Problem {
     Problem::new(Code::TooComplex, span, message).help("write long lists with one `- item` per line, or as JSON")
 }
 
+fn tab(span: Span) -> Problem {
+    let message = "a tab where YAML allows only spaces";
+    Problem::new(Code::Syntax, span, message).help("indent and separate with spaces")
+}
+
+/// The first place behind the indentation, for lines with tabs in it.
+fn indented_with_tabs(text: &str) -> Vec<Span> {
+    if !text.contains('\t') {
+        return Vec::new();
+    }
+    let indent = |line: &str| line.len() - line.trim_start_matches([' ', '\t']).len();
+    let tabbed = lines(text).enumerate().filter(|(_, line)| line[..indent(line)].contains('\t'));
+    tabbed.map(|(index, line)| Span { line: count(index + 1), column: count(indent(line) + 1), length: 0 }).collect()
+}
+
+/// What the parser says, and what that means to whoever wrote the text.
+const COMPLAINTS: [(&str, &str, &str); 9] = [
+    (
+        "mapping values are not allowed",
+        "a `:` where no key can be",
+        "put the value in quotes if the colon is part of it, or mend the indentation",
+    ),
+    (
+        "simple key expect",
+        "the line before this is neither `key: value` nor an item of a list",
+        "write `key: value`, or begin the line with `#`",
+    ),
+    ("escape", "an escape that YAML does not know", "in single quotes a backslash stands for itself"),
+    ("quoted scalar", "a quoted text that does not end", "close it with the quote it began with"),
+    (
+        "flow ",
+        "a list in `[` `]` or `{` `}` that does not end, or lacks a comma",
+        "close it, and separate its items with `,`",
+    ),
+    (
+        "illegal placement of ':'",
+        "a list in `[` `]` or `{` `}` that does not end, or lacks a comma",
+        "close it, and separate its items with `,`",
+    ),
+    (
+        "unexpected character",
+        "no value can begin with this character",
+        "put text that begins with it in quotes; if this is a template, render it first",
+    ),
+    ("indentation", "the indentation does not fit", "items of one list or mapping begin in the same column"),
+    ("'-' indicator", "a list that goes on as something else", "items of one list begin with `- ` in the same column"),
+];
+
 /// The parser's complaint in words that say what to do.
 fn explain(error: &ScanError, span: Span, text: &str) -> Problem {
     let info = error.info();
-    let at_tab = text.chars().nth(error.marker().index()) == Some('\t');
-    let syntax = |message: &str, help: &str| Problem::new(Code::Syntax, span, message).help(help);
+    if let Some(at) = tab_near(error, text) {
+        let span = Span { line: span.line - count(error.marker().line()) + at.line, ..at };
+        return tab(span);
+    }
     if info.contains("unknown anchor") {
-        return Problem::new(
-            Code::BadAlias,
-            span,
-            "a value that begins with `*` is an alias, and nothing has that anchor",
-        )
-        .help("put it in quotes if it is text: \"*.example.com\"");
+        let message = "a value that begins with `*` is an alias, and nothing has that anchor";
+        return Problem::new(Code::BadAlias, span, message).help("put it in quotes if it is text: \"*.example.com\"");
     }
-    if info.contains("tab") && !info.contains("table") || at_tab {
-        return syntax("a tab where YAML allows only spaces", "indent and separate with spaces");
+    match COMPLAINTS.iter().find(|(said, _, _)| info.contains(said)) {
+        Some((_, message, help)) => Problem::new(Code::Syntax, span, *message).help(*help),
+        None => Problem::new(Code::Syntax, span, format!("this is not YAML: {info}")),
     }
-    if info.contains("mapping values are not allowed") {
-        return syntax("a second `: ` within one value", "put the value in quotes if the colon is part of it");
-    }
-    if info.contains("unexpected character") {
-        let help = "put text that begins with it in quotes; if this is a template, render it first";
-        return syntax(&format!("no value can begin with this character ({info})"), help);
-    }
-    if info.contains("indentation") || info.contains("simple key expect") {
-        return syntax(
-            &format!("the indentation does not fit ({info})"),
-            "items of one list or mapping begin in the same column",
-        );
-    }
-    Problem::new(Code::Syntax, span, format!("this is not YAML: {info}"))
+}
+
+/// The tab that an error is about, if it is about one: at the error, right before it, or further on in what could not
+/// be read.
+fn tab_near(error: &ScanError, text: &str) -> Option<Span> {
+    let info = error.info();
+    let first = error.marker().index().checked_sub(1)?;
+    let (start, _) = text.char_indices().nth(first)?;
+    let near = if info.contains("tab") { usize::MAX } else { 2 };
+    let (offset, _) = text[start..].char_indices().take(near).find(|(_, c)| *c == '\t')?;
+    Some(end_of(&text[..start + offset]))
 }
