@@ -119,7 +119,8 @@ pub fn compile(policies: &PolicySet, workload: &Workload, context: &Context) -> 
 pub(crate) fn assemble(enforcing: &Combined, with_audit: Option<&Combined>) -> Ruleset {
     let all = enforcing.statements.iter().chain(with_audit.iter().flat_map(|combined| &combined.statements));
     let names: BTreeSet<&RuleName> = all.map(|statement| &statement.name).collect();
-    let ids: HashMap<&RuleName, RuleId> = names.iter().enumerate().map(|(index, &name)| (name, rule_id(index))).collect();
+    let ids: HashMap<&RuleName, RuleId> =
+        names.iter().enumerate().map(|(index, &name)| (name, rule_id(index))).collect();
     let table = |combined: &Combined| -> Table {
         let ids: Vec<RuleId> = combined.statements.iter().map(|statement| ids[&statement.name]).collect();
         flatten::flatten(&combined.statements, &ids, combined.default)

@@ -16,9 +16,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{
-        Array, ArrayOfMaps, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key,
-    },
+    maps::{Array, ArrayOfMaps, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError},
 };
 use egress_common::{ABI_VERSION, Counter, Entries, Entry, Hook, Meta, RuleId, Segment, map};
@@ -178,10 +176,8 @@ impl Dataplane {
             KernelLog::Off => 0,
             KernelLog::Debug => aya_log::Level::Debug as u8,
         };
-        let mut ebpf = EbpfLoader::new()
-            .override_global(aya_log::LEVEL, &level, false)
-            .load(object)
-            .map_err(load_error)?;
+        let mut ebpf =
+            EbpfLoader::new().override_global(aya_log::LEVEL, &level, false).load(object).map_err(load_error)?;
         for hook in Hook::ALL.iter().map(|hook| hook.as_str()) {
             program(&mut ebpf, hook)?.load().map_err(|cause| DataplaneError::Program { hook, cause })?;
         }

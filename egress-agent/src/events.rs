@@ -152,7 +152,9 @@ fn protocol_name(protocol: Protocol) -> String {
 
 /// Wall-clock time of an instant given in nanoseconds since boot: as long ago as it is on the boot clock.
 fn wall_time(since_boot: u64) -> SystemTime {
-    SystemTime::now().checked_sub(boot_clock().saturating_sub(Duration::from_nanos(since_boot))).unwrap_or(SystemTime::UNIX_EPOCH)
+    SystemTime::now()
+        .checked_sub(boot_clock().saturating_sub(Duration::from_nanos(since_boot)))
+        .unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 fn boot_clock() -> Duration {

@@ -20,6 +20,7 @@ pub mod code;
 pub mod decode;
 pub mod diagnostic;
 pub mod egress_policy;
+pub mod lint;
 pub mod load;
 pub mod names;
 pub mod object;

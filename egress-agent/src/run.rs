@@ -27,7 +27,7 @@ use crate::{
         PolicySet,
         diagnostic::{Finding, Severity},
         egress_policy::unbuilt::unsupported,
-        load::{LoadError, LoadOptions, Loaded, load},
+        load::{LoadError, LoadOptions, Loaded, load, watched},
     },
     report::Reporter,
     resolv,
@@ -146,8 +146,6 @@ struct Source {
     options: LoadOptions,
     node_default: NodeDefault,
     watch: Watch,
-    /// A directory was not watched when it was read last, so it is to be read once more.
-    unsure: bool,
 }
 
 impl Source {
@@ -157,18 +155,13 @@ impl Source {
             options: LoadOptions { require_root_owned: !args.allow_writable_policies },
             node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
             watch: Watch::new().map_err(system("cannot watch policy files"))?,
-            unsure: false,
         })
     }
 
-    /// Reads and compiles. The directories are watched before it returns.
+    /// Reads and compiles. What is read is watched first, so that no change is missed.
     fn read(&mut self) -> Result<(Loaded, Ruleset), RunError> {
-        let parents = self.paths.iter().filter_map(|path| path.parent());
-        let parents = parents.map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
-        self.watch.add(parents).map_err(system("cannot watch policy files"))?;
+        self.watch.set(watched(&self.paths)).map_err(system("cannot watch policy files"))?;
         let loaded = load(&self.paths, &self.options)?;
-        let directories = loaded.directories.iter().map(PathBuf::as_path);
-        self.unsure = self.watch.add(directories).map_err(system("cannot watch policy files"))?;
         let unbuilt: Vec<Finding> = loaded.policies.egress_policies.iter().flat_map(unsupported).collect();
         let findings = || loaded.findings.iter().chain(&unbuilt);
         findings().for_each(report);
@@ -218,7 +211,7 @@ struct State {
 impl State {
     /// Follows the files until a signal ends it.
     async fn follow(&mut self, source: &mut Source, signals: &mut Signals) -> Result<(), RunError> {
-        let mut due = source.unsure.then(Instant::now);
+        let mut due = None;
         let mut watchdog = Watchdog::new();
         loop {
             let mut look_again = false;
@@ -234,12 +227,7 @@ impl State {
                 }
             }
             if look_again {
-                let read = self.reload(source);
-                due = match (read, source.unsure) {
-                    (Err(()), _) => Some(Instant::now() + RETRY),
-                    (Ok(()), true) => Some(Instant::now() + DEBOUNCE),
-                    (Ok(()), false) => None,
-                };
+                due = self.reload(source).err().map(|()| Instant::now() + RETRY);
             }
         }
     }

@@ -6,13 +6,14 @@
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
-    fs, io,
+    fs::{self, Metadata},
+    io,
     mem::MaybeUninit,
     os::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::MetadataExt},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use rustix::{
@@ -20,6 +21,8 @@ use rustix::{
     io::Errno,
 };
 use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::policy::load::Watched;
 
 /// What of a directory is of interest.
 const CHANGES: WatchFlags = WatchFlags::CLOSE_WRITE
@@ -35,8 +38,14 @@ const CHANGES: WatchFlags = WatchFlags::CLOSE_WRITE
 #[derive(Debug)]
 pub struct Watch {
     inotify: AsyncFd<OwnedFd>,
-    /// By inotify's watch descriptor.
+    places: Places,
+}
+
+#[derive(Debug, Default)]
+struct Places {
+    /// By inotify's watch descriptor. Directories that no longer matter stay here, and their events concern nothing.
     directories: BTreeMap<i32, PathBuf>,
+    watched: Watched,
 }
 
 impl Watch {
@@ -45,28 +54,27 @@ impl Watch {
         let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         // SAFETY: the registered value owns its descriptor, which is closed only when that value is dropped.
         let inotify = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
-        Ok(Self { inotify, directories: BTreeMap::new() })
+        Ok(Self { inotify, places: Places::default() })
     }
 
-    /// Watches these directories too. Tells whether one of them is new, in which case something may have changed in it
-    /// unnoticed. A directory that is not there is left out; its parent tells when it comes.
-    pub fn add<'a>(&mut self, directories: impl IntoIterator<Item = &'a Path>) -> io::Result<bool> {
-        let mut is_new = false;
-        for directory in directories {
+    /// Watches these places from now on. A directory that is not there is left out; its parent tells when it comes.
+    pub fn set(&mut self, watched: Watched) -> io::Result<()> {
+        for directory in watched.directories() {
             match inotify::add_watch(&self.inotify, directory, CHANGES | WatchFlags::ONLYDIR) {
-                Ok(watch) => is_new |= self.directories.insert(watch, directory.to_owned()).is_none(),
+                Ok(watch) => drop(self.places.directories.insert(watch, directory.to_owned())),
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
-        Ok(is_new)
+        self.places.watched = watched;
+        Ok(())
     }
 
     /// Waits until something changed.
     pub async fn changed(&mut self) -> io::Result<()> {
         loop {
             let mut ready = self.inotify.readable().await?;
-            match ready.try_io(|inotify| drain(inotify, &mut self.directories)) {
+            match ready.try_io(|inotify| drain(inotify, &mut self.places)) {
                 Ok(Ok(true)) => return Ok(()),
                 Ok(Err(error)) => return Err(error),
                 Ok(Ok(false)) | Err(_) => {}
@@ -76,16 +84,16 @@ impl Watch {
 }
 
 /// Reads all there is. Whether anything in it is a change.
-fn drain(fd: impl AsFd, directories: &mut BTreeMap<i32, PathBuf>) -> io::Result<bool> {
+fn drain(fd: impl AsFd, places: &mut Places) -> io::Result<bool> {
     let mut buffer = [MaybeUninit::uninit(); 4096];
     let mut reader = Reader::new(fd, &mut buffer);
     let (mut changed, mut empty) = (false, true);
     loop {
         match reader.next() {
             Ok(event) => {
-                changed |= is_change(&event, directories);
+                changed |= places.is_change(&event);
                 if event.events().contains(ReadFlags::IGNORED) {
-                    directories.remove(&event.wd());
+                    places.directories.remove(&event.wd());
                 }
             }
             // Nothing at all: the descriptor was not ready after all.
@@ -97,13 +105,16 @@ fn drain(fd: impl AsFd, directories: &mut BTreeMap<i32, PathBuf>) -> io::Result<
     }
 }
 
-/// A file that was just created is still being written and counts once it is closed. Directories and links are complete
-/// at once, and no close follows.
-fn is_change(event: &Event<'_>, directories: &BTreeMap<i32, PathBuf>) -> bool {
-    if event.events() != ReadFlags::CREATE {
-        return true;
+impl Places {
+    /// A file that was just created is still being written and counts once it is closed. Directories and links are
+    /// complete at once, and no close follows.
+    fn is_change(&self, event: &Event<'_>) -> bool {
+        let (Some(directory), Some(name)) = (self.directories.get(&event.wd()), event.file_name()) else { return true };
+        let name = OsStr::from_bytes(name.to_bytes());
+        if !self.watched.concerns(directory, name) {
+            return false;
+        }
+        let is_complete = |meta: Metadata| !meta.is_file() || meta.nlink() > 1;
+        event.events() != ReadFlags::CREATE || fs::symlink_metadata(directory.join(name)).is_ok_and(is_complete)
     }
-    let (Some(directory), Some(name)) = (directories.get(&event.wd()), event.file_name()) else { return true };
-    let created = fs::symlink_metadata(directory.join(OsStr::from_bytes(name.to_bytes())));
-    created.is_ok_and(|meta| !meta.is_file() || meta.nlink() > 1)
 }

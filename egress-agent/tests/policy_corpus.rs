@@ -2,6 +2,8 @@
 //! read. YAML files, fenced blocks of Markdown and here-documents of shell scripts are taken; unrendered templates are
 //! named and skipped. Each `ServiceEntry` is accepted, or rejected for a reason that Istio's own validation has.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::{
     collections::BTreeMap,
     env, fs,
@@ -79,7 +81,8 @@ fn between(
     begins: impl Fn(&str) -> Option<String>,
     ends: impl Fn(&str, &str) -> bool,
 ) -> Vec<Block> {
-    let (mut blocks, mut open): (Vec<Block>, Option<(String, usize, Vec<&str>)>) = (Vec::new(), None);
+    let mut blocks: Vec<Block> = Vec::new();
+    let mut open: Option<(String, usize, Vec<&str>)> = None;
     for (index, line) in text.lines().enumerate() {
         open = match open.take() {
             None => begins(line).map(|word| (word, index, Vec::new())),

@@ -94,12 +94,7 @@ const MAX_PROBES: u32 = 18;
 /// `get` reads one segment; where it gives `None`, so does the search. The number of probes is bounded, as the kernel
 /// demands.
 #[inline(always)]
-pub fn find_segment(
-    count: u32,
-    protocol: Protocol,
-    port: u16,
-    get: impl Fn(u32) -> Option<Segment>,
-) -> Option<u32> {
+pub fn find_segment(count: u32, protocol: Protocol, port: u16, get: impl Fn(u32) -> Option<Segment>) -> Option<u32> {
     let (mut start, mut len) = (0, count);
     for _ in 0..MAX_PROBES {
         if len <= 1 {
@@ -163,16 +158,22 @@ mod tests {
 
     #[test]
     fn audit_reports_and_never_refuses() {
-        let rules =
-            Fixed { enforcing: Some(entry(Action::Allow)), with_audit: Some(entry(Action::Deny)), segments: Vec::new() };
+        let rules = Fixed {
+            enforcing: Some(entry(Action::Allow)),
+            with_audit: Some(entry(Action::Deny)),
+            segments: Vec::new(),
+        };
         let decision = decide(&rules, &flow(Protocol::Tcp, 80));
         assert_eq!((decision.verdict, decision.reason), (Verdict::WouldDeny, Reason::NoRule));
     }
 
     #[test]
     fn audit_never_opens_what_is_refused() {
-        let rules =
-            Fixed { enforcing: Some(entry(Action::Deny)), with_audit: Some(entry(Action::Allow)), segments: Vec::new() };
+        let rules = Fixed {
+            enforcing: Some(entry(Action::Deny)),
+            with_audit: Some(entry(Action::Allow)),
+            segments: Vec::new(),
+        };
         assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)).verdict, Verdict::Deny);
     }
 
@@ -200,7 +201,9 @@ mod tests {
     fn the_longest_list_is_searched_to_its_ends() {
         let segments: Vec<Segment> = [Protocol::Tcp, Protocol::Udp]
             .into_iter()
-            .flat_map(|protocol| (0..=u16::MAX).map(move |port| Segment::new(protocol, port, port, Action::Allow, RULE)))
+            .flat_map(|protocol| {
+                (0..=u16::MAX).map(move |port| Segment::new(protocol, port, port, Action::Allow, RULE))
+            })
             .collect();
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             for port in 0..=u16::MAX {

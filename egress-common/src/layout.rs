@@ -53,9 +53,9 @@ impl Counter {
     /// Every counter, in the order of the indices.
     pub fn all() -> impl Iterator<Item = Self> {
         let answers = Hook::ALL.iter().flat_map(|&hook| {
-            Reason::ALL.iter().flat_map(move |&reason| {
-                Verdict::ALL.iter().map(move |&verdict| Self::Answers(verdict, reason, hook))
-            })
+            Reason::ALL
+                .iter()
+                .flat_map(move |&reason| Verdict::ALL.iter().map(move |&verdict| Self::Answers(verdict, reason, hook)))
         });
         answers.chain([Self::EventsLost])
     }

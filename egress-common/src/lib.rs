@@ -27,7 +27,7 @@ pub use decide::{Rules, decide, find_segment};
 pub use event::{COMM_LEN, Event, Process};
 pub use flow::{Flow, Hook, Protocol, Scope, View};
 pub use layout::{ABI_VERSION, Counter, Meta, map};
-pub use rule::{Action, Entry, Entries, RuleId, Segment, SegmentList};
+pub use rule::{Action, Entries, Entry, RuleId, Segment, SegmentList};
 pub use verdict::{Decision, Reason, Verdict};
 
 /// A byte that stands for no value of the enum it was read as: written by another version, or damaged.

@@ -3,6 +3,8 @@
 //! A hook runs for the sockets made in the attached cgroup or below; the acting task is the current one.
 //! Context fields: `include/uapi/linux/bpf.h`, `struct bpf_sock_addr`.
 
+#![expect(clippy::needless_pass_by_value, reason = "the macro calls each program with its context by value")]
+
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
 use aya_log_ebpf::debug;
 use egress_common::{Address, Flow, Hook, Protocol, Reason, Scope, Verdict, decide};

@@ -5,7 +5,10 @@
 
 #![no_std]
 #![no_main]
-#![expect(clippy::inline_always, reason = "the verifier follows one program: a call that is not inlined is a function of its own")]
+#![expect(
+    clippy::inline_always,
+    reason = "the verifier follows one program: a call that is not inlined is a function of its own"
+)]
 
 mod answer;
 mod events;

@@ -44,7 +44,7 @@ impl Agent {
     /// Starts a command as it is.
     pub fn spawn(mut command: Command) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().with_context(|| format!("cannot run {:?}", command.get_program()))?;
+        let mut child = command.spawn().with_context(|| format!("cannot run {}", command.get_program().display()))?;
         let log = lines(child.stderr.take().context("stderr is piped")?);
         let denials = lines(child.stdout.take().context("stdout is piped")?);
         Ok(Self { child, log, seen: Vec::new(), denials })

@@ -13,12 +13,42 @@ use crate::reference::Question;
 
 /// Prefixes that nest, touch and disguise themselves.
 const PREFIXES: &[&str] = &[
-    "0.0.0.0/0", "0.0.0.0/1", "128.0.0.0/1", "10.0.0.0/8", "10.0.0.0/9", "10.128.0.0/9", "10.1.0.0/16", "10.1.2.0/24",
-    "10.1.2.0/25", "10.1.2.128/25", "10.1.2.3/32", "10.1.2.2/31", "11.0.0.0/8", "192.0.2.1/32", "192.0.2.77/24",
-    "169.254.169.254/32", "255.255.255.254/32", "::/0", "::/1", "8000::/1", "2001:db8::/32", "2001:db8::/33",
-    "2001:db8:8000::/33", "2001:db8::1/128", "2001:db8::/127", "2001:db8:1:2:3::9/64", "fe80::1/128", "::/95", "::/96",
-    "::ffff:10.1.0.0/112", "::ffff:0:0/96", "64:ff9b::10.1.2.0/120", "64:ff9b::/96", "64:ff9b::/64",
-    "::ffff:192.0.2.1/128", "fd00::/8",
+    "0.0.0.0/0",
+    "0.0.0.0/1",
+    "128.0.0.0/1",
+    "10.0.0.0/8",
+    "10.0.0.0/9",
+    "10.128.0.0/9",
+    "10.1.0.0/16",
+    "10.1.2.0/24",
+    "10.1.2.0/25",
+    "10.1.2.128/25",
+    "10.1.2.3/32",
+    "10.1.2.2/31",
+    "11.0.0.0/8",
+    "192.0.2.1/32",
+    "192.0.2.77/24",
+    "169.254.169.254/32",
+    "255.255.255.254/32",
+    "::/0",
+    "::/1",
+    "8000::/1",
+    "2001:db8::/32",
+    "2001:db8::/33",
+    "2001:db8:8000::/33",
+    "2001:db8::1/128",
+    "2001:db8::/127",
+    "2001:db8:1:2:3::9/64",
+    "fe80::1/128",
+    "::/95",
+    "::/96",
+    "::ffff:10.1.0.0/112",
+    "::ffff:0:0/96",
+    "64:ff9b::10.1.2.0/120",
+    "64:ff9b::/96",
+    "64:ff9b::/64",
+    "::ffff:192.0.2.1/128",
+    "fd00::/8",
 ];
 const PORTS: &[u16] = &[1, 22, 53, 80, 443, 3306, 8000, 8001, 8100, 65_534, 65_535];
 const NAMESPACES: &[&str] = &["default", "shop", "web"];
@@ -114,7 +144,7 @@ pub fn service_entries() -> impl Strategy<Value = Vec<Value>> {
 
 /// A flow at or next to an edge of some prefix, and of some port.
 pub fn question() -> impl Strategy<Value = Question> {
-    let edge = (prefix(), 0..6_u8).prop_map(|(text, place)| {
+    let edge = (prefix(), 0..EDGES).prop_map(|(text, place)| {
         let net: IpNet = text.parse().expect("generated as a prefix");
         at_edge(net, place)
     });
@@ -132,7 +162,7 @@ pub fn question_about(policies: &PolicySet) -> BoxedStrategy<Question> {
     if named.is_empty() {
         return question().boxed();
     }
-    let near = (select(named), 0..6_u8, select(&[0, 0, 0, 0, 1, -1][..])).prop_map(|((net, port, l4), place, by)| {
+    let near = (select(named), 0..EDGES, select(&[0, 0, 0, 0, 1, -1][..])).prop_map(|((net, port, l4), place, by)| {
         Question { l4, address: at_edge(net, place), port: shifted(port, by) }
     });
     prop_oneof![2 => near, 1 => question()].boxed()
@@ -155,8 +185,11 @@ fn shifted(port: u16, by: i32) -> u16 {
     u16::try_from(i32::from(port) + by).unwrap_or(port)
 }
 
+/// Places that [`at_edge`] knows.
+pub const EDGES: u8 = 6;
+
 /// First, last, just before, just after, in between; as IPv4, or as IPv4 behind NAT64.
-fn at_edge(net: IpNet, place: u8) -> IpAddr {
+pub fn at_edge(net: IpNet, place: u8) -> IpAddr {
     match (net.network(), net.broadcast()) {
         (IpAddr::V4(first), IpAddr::V4(last)) => {
             let v4 = Ipv4Addr::from_bits(match place {

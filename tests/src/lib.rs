@@ -10,6 +10,7 @@ pub mod agent;
 pub mod bpffs;
 pub mod cgroup;
 pub mod dial;
+pub mod fuzz_targets;
 pub mod generate;
 pub mod mariadb;
 pub mod netns;

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::Path,
     process::{Child, Command, Output, Stdio},
 };
 
@@ -33,20 +33,18 @@ impl Server {
         initialise(&data)?;
         let setup = directory.path().join("setup.sql");
         fs::write(&setup, setup_statements())?;
-        let usr = companion("mariadb/usr")?;
         let log = fs::File::create(directory.path().join("log"))?;
-        let mut command = namespace.command(usr.join("sbin/mariadbd"), None)?;
-        command.arg("--no-defaults").arg("--user=root").arg(format!("--bind-address={address}")).arg("--port=3306");
+        let mut command = namespace.command(companion("mariadb/bin/mariadbd")?, None)?;
+        command.arg(format!("--bind-address={address}")).arg("--port=3306");
         for (option, path) in [
             ("datadir", &data),
-            ("lc-messages-dir", &usr.join("share/mysql")),
             ("init-file", &setup),
             ("socket", &directory.path().join("socket")),
             ("pid-file", &directory.path().join("pid")),
         ] {
             command.arg(format!("--{option}={}", path.display()));
         }
-        let child = command.env("LD_LIBRARY_PATH", libraries()?).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         let mut server = Self { child, directory };
         eventually("the database server", || server.is_ready().transpose())??;
         Ok(server)
@@ -72,12 +70,11 @@ impl Drop for Server {
     }
 }
 
-fn initialise(data: &std::path::Path) -> Result<()> {
-    let usr = companion("mariadb/usr")?;
-    let mut install = Command::new(usr.join("bin/mariadb-install-db"));
-    install.args(["--no-defaults", "--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"]);
-    install.arg(format!("--basedir={}", usr.display())).arg(format!("--datadir={}", data.display()));
-    let output = install.env("LD_LIBRARY_PATH", libraries()?).output().context("cannot run mariadb-install-db")?;
+fn initialise(data: &Path) -> Result<()> {
+    let mut install = Command::new(companion("mariadb/bin/mariadb-install-db")?);
+    install.args(["--auth-root-authentication-method=normal", "--skip-test-db"]);
+    install.arg(format!("--datadir={}", data.display()));
+    let output = install.output().context("cannot run mariadb-install-db")?;
     if !output.status.success() {
         bail!("mariadb-install-db failed: {}", text(&output));
     }
@@ -105,12 +102,11 @@ pub enum Answer {
 
 /// Asks a server for the ratings, from a cgroup and a namespace.
 pub fn query(cgroup: &Cgroup, namespace: &Netns, address: &str) -> Result<Answer> {
-    let client = companion("mariadb/usr/bin/mariadb")?;
-    let mut command = namespace.command(client, Some(cgroup))?;
-    command.args(["--no-defaults", "--batch", "--skip-column-names", "--protocol=tcp", "--connect-timeout=10"]);
+    let mut command = namespace.command(companion("mariadb/bin/mariadb")?, Some(cgroup))?;
+    command.args(["--batch", "--skip-column-names", "--protocol=tcp", "--connect-timeout=10"]);
     command.args(["--host", address, "--port", "3306", "--user", USER]).arg(format!("--password={PASSWORD}"));
     command.args(["--execute", "SELECT rating FROM test.ratings ORDER BY id"]);
-    let output = command.env("LD_LIBRARY_PATH", libraries()?).stdin(Stdio::null()).output()?;
+    let output = command.stdin(Stdio::null()).output()?;
     Ok(if output.status.success() {
         Answer::Ratings(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     } else {
@@ -120,8 +116,4 @@ pub fn query(cgroup: &Cgroup, namespace: &Netns, address: &str) -> Result<Answer
 
 fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).trim().to_owned()
-}
-
-fn libraries() -> Result<PathBuf> {
-    companion(&format!("mariadb/usr/lib/{}-linux-gnu", std::env::consts::ARCH))
 }

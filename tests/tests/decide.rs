@@ -1,17 +1,17 @@
 //! The compiled rules decide as the documents say: compared with the slow reference, for random documents and flows.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
+
 use std::net::IpAddr;
 
 use egress_agent::{
     compile::{Context, NodeAction, NodeDefault, compile},
-    policy::{L4, PolicySet, RuleName, load::load_text},
-    ruleset::Ruleset,
+    policy::{PolicySet, load::load_text},
     workload::Workload,
 };
-use egress_common::{Flow, Protocol, Scope, Verdict};
 use egress_tests::{
     generate,
-    reference::{Answer, Question, Why, judge},
+    reference::{ask, judge},
 };
 use proptest::{collection::vec, prelude::*, sample::select};
 
@@ -29,25 +29,6 @@ fn parse(documents: &[serde_json::Value]) -> PolicySet {
     let loaded = load_text("generated.yaml", &text);
     assert!(!loaded.has_errors(), "{:#?}\n{text}", loaded.findings);
     loaded.policies
-}
-
-fn ask(ruleset: &Ruleset, asked: Question) -> Answer {
-    let protocol = match asked.l4 {
-        L4::Tcp => Protocol::Tcp,
-        L4::Udp => Protocol::Udp,
-    };
-    let flow = Flow { scope: Scope::DEFAULT, protocol, address: asked.address.into(), port: asked.port };
-    let decision = ruleset.decide(&flow);
-    let why = match ruleset.rule(&decision) {
-        Some(RuleName::Document { object, path, .. }) => Why::Rule(Some(object.clone()), path.to_string()),
-        Some(RuleName::Builtin(name)) => Why::Rule(None, (*name).to_owned()),
-        None => Why::NoRule,
-    };
-    match decision.verdict {
-        Verdict::Allow => Answer::Allow(why),
-        Verdict::Deny => Answer::Deny(why),
-        Verdict::WouldDeny => Answer::WouldDeny(why),
-    }
 }
 
 proptest! {

@@ -1,6 +1,8 @@
 //! The kernel decides as the documents say: tens of thousands of real calls, verdict by verdict, in a namespace in which
 //! every address is local, so that no packet leaves.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
+
 use std::{fs, net::SocketAddr};
 
 use egress_agent::{

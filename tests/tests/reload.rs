@@ -1,5 +1,7 @@
 //! A running agent follows its policy files, and keeps the last good rules where it cannot.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
+
 use std::{
     fs::{self, File},
     io::Write,
@@ -185,6 +187,19 @@ fn the_swap_of_a_config_map_is_followed() {
         world.applied(generation);
         world.expect_open(address, if address == ONE { TWO } else { ONE });
     }
+}
+
+#[test]
+fn what_happens_beside_the_policy_directory_does_not_matter() {
+    let mut world = World::new(|directory| {
+        fs::create_dir(directory.join("policies")).unwrap();
+        directory.join("policies")
+    });
+    fs::write(world.path("other.yaml"), entry(ONE)).unwrap();
+    fs::write(world.path("policies/a.yaml"), entry(TWO)).unwrap();
+    world.applied(2);
+    assert!(!world.agent.log().iter().any(|line| line.contains("policy unchanged")), "{:#?}", world.agent.log());
+    world.expect_open(TWO, ONE);
 }
 
 #[test]

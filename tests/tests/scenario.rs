@@ -1,5 +1,7 @@
 //! The ratings service and its MySQL server, end to end.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
+
 use egress_tests::{
     mariadb::Answer,
     scenario::{SERVER, Scenario},

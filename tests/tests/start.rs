@@ -1,5 +1,7 @@
 //! What `run` says, and the status it ends with, where it cannot start; and what it tells those who wait for it.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
+
 use std::{
     fs,
     os::unix::{fs::PermissionsExt, net::UnixDatagram, process::CommandExt},
@@ -100,7 +102,8 @@ fn a_field_that_is_not_built_yet_is_refused() {
 
 #[test]
 fn documents_of_other_kinds_are_skipped_with_a_note() {
-    let (cgroup, policies) = (Cgroup::new().unwrap(), policies("apiVersion: v1\nkind: Service\nmetadata: { name: s }\n"));
+    let (cgroup, policies) =
+        (Cgroup::new().unwrap(), policies("apiVersion: v1\nkind: Service\nmetadata: { name: s }\n"));
     let mut agent = Agent::start(policies.path(), &cgroup, &[]).unwrap();
     assert!(agent.log().iter().any(|line| line.contains("INFO") && line.contains("Service")), "{:#?}", agent.log());
 }

@@ -18,8 +18,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     policy::{
-        DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, L4, Mode, NamespaceRef, ObjectName,
-        Peer, PolicySet, PortRange, Resolution, Rule, RuleName, ServiceEntry, ServicePort, ServiceRef, Toggle,
+        DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, L4, Mode, NamespaceRef,
+        ObjectName, Peer, PolicySet, PortRange, Resolution, Rule, RuleName, ServiceEntry, ServicePort, ServiceRef,
+        Toggle,
     },
     workload::{Workload, selects},
 };
@@ -58,8 +59,9 @@ pub fn combine(policies: &PolicySet, workload: &Workload, context: &Context, mod
             NodeAction::Allow | NodeAction::Audit => Combined::allow_any(),
         }),
         Mode::Audit if selecting.len() > enforcing.len() => Some(united(policies, workload, context, &selecting)),
-        Mode::Audit => (enforcing.is_empty() && default == NodeAction::Audit)
-            .then(|| registry_only(policies, workload, context)),
+        Mode::Audit => {
+            (enforcing.is_empty() && default == NodeAction::Audit).then(|| registry_only(policies, workload, context))
+        }
     }
 }
 
@@ -190,7 +192,8 @@ pub fn service_statements(entry: &ServiceEntry) -> impl Iterator<Item = Statemen
 
 /// What a client dials for a port: its number at the entry's addresses, and the endpoints' own ports at theirs.
 fn service_parts(entry: &ServiceEntry, port: &ServicePort) -> Vec<Part> {
-    let part = |blocks: Vec<Block>, number| Part { blocks, ports: vec![Ports { l4: port.l4, low: number, high: number }] };
+    let part =
+        |blocks: Vec<Block>, number| Part { blocks, ports: vec![Ports { l4: port.l4, low: number, high: number }] };
     let addresses: Vec<Block> = entry.addresses.iter().map(|&net| net.into()).collect();
     let own = (!addresses.is_empty()).then(|| part(addresses, port.number));
     let endpoints: &[Endpoint] = match entry.resolution {

@@ -39,7 +39,9 @@ fn cut_protocol(protocol: Protocol, claims: impl Iterator<Item = (u32, Ports)>) 
     let mut open = BTreeSet::new();
     let mut from = 0;
     for (at, begins, index, rank) in edges {
-        if at > from && let Some(&(first, _)) = open.first() {
+        if at > from
+            && let Some(&(first, _)) = open.first()
+        {
             push(&mut cuts, protocol, from, at - 1, first);
         }
         from = at;

@@ -211,6 +211,31 @@ codes! {
     /// does not name. Nothing is opened for it.
     EndpointWithoutAddress = "W0106", "an endpoint without an address";
 
+    /// `0.0.0.0/0` and `::/0` open every address of their family, for the ports of the entry.
+    EntryOpensAny = "W0107", "a ServiceEntry that opens every address";
+    /// `subjectAltNames` are checked by a proxy that terminates TLS. A filter at layer 4 sees addresses and ports only.
+    SanNotVerified = "W0108", "subjectAltNames that nothing verifies";
+    /// The entry has no port, or nothing but wildcard hosts, for which there is no address.
+    OpensNothing = "W0109", "a ServiceEntry that opens nothing";
+    /// Two entries describe the same host in different ways. What the host's clients may reach is the union of both.
+    EntriesDisagree = "W0110", "two entries disagree about a host";
+    /// A policy limits its workloads to some services, so it is expected that namespaces are kept apart; this entry is
+    /// exported to all of them and usable by every workload that no such policy selects.
+    ExportedToAll = "W0111", "an entry is exported to all while policies keep namespaces apart";
+
+    /// A rule without `to`, with `0.0.0.0/0` or `::/0`, or `defaultAction: Allow`.
+    AllowsAnyAddress = "W0201", "a rule that opens every address";
+    /// A deny wins over every allow, so an allow that lies within a deny allows nothing.
+    ShadowedRule = "W0202", "an allow within a deny";
+    /// Another rule of the same list says all that this one says.
+    RedundantRule = "W0203", "a rule within another";
+    /// `services` names a `ServiceEntry` that is not there or that is not exported to the policy's namespace.
+    DanglingService = "W0204", "a service reference to nothing";
+    /// The metadata service of clouds (169.254.169.254, `fd00:ec2::254`) hands out credentials to whoever asks.
+    MetadataReachable = "W0205", "the cloud's metadata service is reachable";
+    /// Audit policies report and refuse nothing. Where no policy enforces, the node's default alone decides.
+    AuditOnly = "W0206", "no policy enforces";
+
     /// Objects of other kinds carry no egress rules.
     Skipped = "N0001", "a document of another kind is skipped";    /// Only the first 1,000 warnings and notes of a file are listed.
     TooManyNotes = "N0002", "too many warnings and notes";
@@ -220,6 +245,11 @@ codes! {
     /// The Kubernetes API server refuses a `ServiceEntry` with more than 256 hosts, addresses or ports, or more than
     /// 4,096 endpoints. Files have no such limit here.
     BeyondApiLimit = "N0102", "more items than the Kubernetes API server accepts";
+    /// The port speaks HTTP or TLS, so Istio tells hosts apart by the Host header or SNI. A filter at layer 4 opens the
+    /// addresses of the host, and with them every other name that is served there.
+    NameNotVerified = "N0103", "a host name that layer 4 cannot verify";
+    /// What the entry opens are the addresses of its hosts, which are not looked up while documents are checked.
+    NeedsLookup = "N0104", "an entry whose addresses come from DNS";
 }
 
 impl Code {

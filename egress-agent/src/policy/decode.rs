@@ -10,8 +10,12 @@ use super::{
     diagnostic::{Finding, Severity, printable, quoted},
     path::FieldPath,
     suggest::{choice, list, nearest},
-    yaml::{Entry, Node, Scalar, ScalarKind, Span, Value},
+    yaml::{Entry, Node, ScalarKind, Span, Value},
 };
+
+mod describe;
+
+use describe::{describe, mapping_for_text};
 
 /// Most errors, and most warnings and notes, that are kept for one file.
 pub const MAX_FINDINGS: usize = 1000;
@@ -317,34 +321,6 @@ impl<'f> Decoder<'f> {
 /// Whether a value is `null`, in whatever spelling.
 pub fn is_null(node: &Node<'_>) -> bool {
     matches!(&node.value, Value::Scalar(scalar) if scalar.kind() == ScalarKind::Null)
-}
-
-fn describe(node: &Node<'_>) -> String {
-    match &node.value {
-        Value::Sequence(_) => "a list".to_owned(),
-        Value::Mapping(_) => "a mapping".to_owned(),
-        Value::Scalar(scalar) => describe_scalar(scalar),
-    }
-}
-
-fn describe_scalar(scalar: &Scalar<'_>) -> String {
-    let text = quoted(&scalar.text);
-    match scalar.kind() {
-        ScalarKind::Null => "nothing".to_owned(),
-        ScalarKind::Bool => format!("{text}, which YAML reads as a boolean"),
-        ScalarKind::Integer | ScalarKind::OddNumber => format!("the number {text}"),
-        ScalarKind::Text => format!("the text {text}"),
-    }
-}
-
-/// `001:db8::` and `a: b` without quotes are mappings.
-fn mapping_for_text(entries: &[Entry<'_>]) -> String {
-    match entries {
-        [entry] if is_null(&entry.value) => {
-            format!("YAML reads a colon at the end as a mapping; put it in quotes: \"{}:\"", printable(&entry.key))
-        }
-        _ => "write one value; if a colon is part of it, put it in quotes".to_owned(),
-    }
 }
 
 fn is_decimal(text: &str) -> bool {

@@ -4,7 +4,8 @@
 //! Bounds: [`MAX_FILE`] for a file, [`MAX_TOTAL`] for all, and those of [`super::yaml`] for a document.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ffi::{OsStr, OsString},
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -64,8 +65,6 @@ pub struct Loaded {
     pub files: usize,
     /// Documents in them, of whatever kind, list items counted one by one.
     pub documents: usize,
-    /// Every directory in which a change can change the result: for inotify.
-    pub directories: Vec<PathBuf>,
     /// The text of each file that has findings, for underlining.
     pub sources: HashMap<Arc<Path>, Arc<str>>,
 }
@@ -82,17 +81,58 @@ impl Loaded {
     }
 }
 
+/// Directories, and which of their entries matter.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Watched(BTreeMap<PathBuf, Entries>);
+
+/// Which entries of a directory matter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Entries {
+    /// All of them: it is part of the policy.
+    All,
+    /// These: a path or a link leads through them.
+    Named(BTreeSet<OsString>),
+}
+
+impl Watched {
+    /// Every entry of a directory matters.
+    pub fn add_all(&mut self, directory: PathBuf) {
+        self.0.insert(directory, Entries::All);
+    }
+
+    /// One entry of a directory matters.
+    pub fn add_name(&mut self, directory: PathBuf, name: OsString) {
+        match self.0.entry(directory).or_insert_with(|| Entries::Named(BTreeSet::new())) {
+            Entries::All => {}
+            Entries::Named(names) => drop(names.insert(name)),
+        }
+    }
+
+    /// The directories, sorted.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.0.keys().map(PathBuf::as_path)
+    }
+
+    /// Whether a change of an entry matters.
+    pub fn concerns(&self, directory: &Path, name: &OsStr) -> bool {
+        match self.0.get(directory) {
+            Some(Entries::All) => true,
+            Some(Entries::Named(names)) => names.contains(name),
+            None => false,
+        }
+    }
+}
+
 /// Reads files and directories. Order and overlap of the paths do not matter.
 pub fn load(paths: &[PathBuf], options: &LoadOptions) -> Result<Loaded, LoadError> {
     if paths.is_empty() {
         return Err(LoadError::NoPath);
     }
     let mut loader = Loader::default();
-    let mut directories = BTreeSet::new();
     let mut left = MAX_TOTAL;
-    for found in files::find(paths, &mut directories)? {
+    for mut found in files::find(paths, &mut Watched::default())? {
         let file: Arc<Path> = Arc::from(found.path.as_path());
-        match files::read(&found, options, &mut left) {
+        match files::read(&mut found, options, &mut left) {
             Ok(text) => loader.read(&file, &text),
             Err(files::ReadError::Finding(code, message, help)) => {
                 loader.files += 1;
@@ -101,14 +141,22 @@ pub fn load(paths: &[PathBuf], options: &LoadOptions) -> Result<Loaded, LoadErro
             Err(files::ReadError::Named(cause)) => return Err(LoadError::Unreadable { path: found.path, cause }),
         }
     }
-    Ok(loader.finish(directories.into_iter().collect()))
+    Ok(loader.finish())
 }
 
 /// Reads one text as if it were a file, for whoever has no file.
 pub fn load_text(file_name: impl AsRef<Path>, text: &str) -> Loaded {
     let mut loader = Loader::default();
     loader.read(&Arc::from(file_name.as_ref()), text.as_bytes());
-    loader.finish(Vec::new())
+    loader.finish()
+}
+
+/// Where a change can change the result of [`load`], found without reading any file: for inotify.
+pub fn watched(paths: &[PathBuf]) -> Watched {
+    let mut watched = Watched::default();
+    // What cannot be found is watched as far as it is there; reading it gives the error.
+    let _ = files::find(paths, &mut watched);
+    watched
 }
 
 #[derive(Default)]
@@ -198,11 +246,11 @@ impl Loader {
         true
     }
 
-    fn finish(self, directories: Vec<PathBuf>) -> Loaded {
+    fn finish(self) -> Loaded {
         let Self { mut policies, findings, files, documents, sources, .. } = self;
         policies.service_entries.sort_by(|a, b| a.object.cmp(&b.object));
         policies.egress_policies.sort_by(|a, b| a.object.cmp(&b.object));
-        Loaded { policies, findings, files, documents, directories, sources }
+        Loaded { policies, findings, files, documents, sources }
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
 };
 
 mod build;
+mod complaints;
 mod json;
 mod scalar;
 
@@ -165,27 +166,41 @@ fn count(number: usize) -> u32 {
 }
 
 /// Drops repeated keys, each with a problem.
-fn unique<'t>(entries: Vec<Entry<'t>>, problems: &mut Vec<Problem>) -> Vec<Entry<'t>> {
-    let mut first: HashMap<&str, u32> = HashMap::with_capacity(entries.len());
-    let mut keep = Vec::with_capacity(entries.len());
-    for entry in &entries {
-        match first.entry(&entry.key) {
-            hash_map::Entry::Vacant(slot) => {
-                slot.insert(entry.key_span.line);
-                keep.push(true);
-            }
-            hash_map::Entry::Occupied(slot) => {
-                keep.push(false);
-                let message = format!("{} is given twice, first on line {}", quoted(&entry.key), slot.get());
-                problems.push(
-                    Problem::new(Code::DuplicateKey, entry.key_span, message)
-                        .help("readers differ in which of the two they take: delete one"),
-                );
-            }
-        }
-    }
-    if keep.iter().all(|&keep| keep) {
+fn unique<'t>(mut entries: Vec<Entry<'t>>, problems: &mut Vec<Problem>) -> Vec<Entry<'t>> {
+    entries.shrink_to_fit();
+    let repeated = repeated(&entries);
+    if repeated.is_empty() {
         return entries;
     }
-    entries.into_iter().zip(keep).filter_map(|(entry, keep)| keep.then_some(entry)).collect()
+    for &(index, first) in &repeated {
+        let Entry { key, key_span, .. } = &entries[index];
+        let message = format!("{} is given twice, first on line {}", quoted(key), entries[first].key_span.line);
+        let help = "readers differ in which of the two they take: delete one";
+        problems.push(Problem::new(Code::DuplicateKey, *key_span, message).help(help));
+    }
+    let mut drop = repeated.into_iter().map(|(index, _)| index).peekable();
+    let keep = |(index, entry)| if drop.next_if_eq(&index).is_some() { None } else { Some(entry) };
+    entries.into_iter().enumerate().filter_map(keep).collect()
+}
+
+/// Each entry whose key was there before, with the first that has it.
+fn repeated(entries: &[Entry<'_>]) -> Vec<(usize, usize)> {
+    /// Up to here, comparing all with all is faster than a table.
+    const FEW: usize = 8;
+    let indices = entries.iter().enumerate();
+    if entries.len() <= FEW {
+        let earlier = |key: &str, index: usize| entries[..index].iter().position(|entry| entry.key == key);
+        return indices.filter_map(|(index, entry)| Some((index, earlier(&entry.key, index)?))).collect();
+    }
+    let mut first: HashMap<&str, usize> = HashMap::with_capacity(entries.len());
+    let mut repeated = Vec::new();
+    for (index, entry) in indices {
+        match first.entry(&*entry.key) {
+            hash_map::Entry::Vacant(slot) => {
+                slot.insert(index);
+            }
+            hash_map::Entry::Occupied(slot) => repeated.push((index, *slot.get())),
+        }
+    }
+    repeated
 }

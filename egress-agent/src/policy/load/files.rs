@@ -1,7 +1,7 @@
 //! Which files there are, and their bytes.
 
 use std::{
-    collections::{BTreeSet, HashSet, VecDeque},
+    collections::{HashSet, VecDeque},
     ffi::OsString,
     fs::{self, File, Metadata},
     io::{self, Read as _},
@@ -9,8 +9,8 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use super::{LoadError, LoadOptions, MAX_FILE, MAX_TOTAL};
-use crate::policy::code::Code;
+use super::{LoadError, LoadOptions, MAX_FILE, MAX_TOTAL, Watched};
+use crate::policy::{code::Code, diagnostic::printable};
 
 /// Most symbolic links on the way to a file, as in Linux.
 const MAX_LINKS: usize = 40;
@@ -20,6 +20,8 @@ pub(super) struct Found {
     pub path: PathBuf,
     /// The user named it; otherwise it was found in a directory.
     named: bool,
+    /// Why it is not known what it is.
+    error: Option<io::Error>,
 }
 
 /// Why a file was not read.
@@ -30,9 +32,9 @@ pub(super) enum ReadError {
     Named(io::Error),
 }
 
-/// The files that the paths stand for, each once, in a fixed order, and the directories they depend on.
-pub(super) fn find(paths: &[PathBuf], directories: &mut BTreeSet<PathBuf>) -> Result<Vec<Found>, LoadError> {
-    let mut search = Search { directories, seen: HashSet::new(), found: Vec::new() };
+/// The files that the paths stand for, each once, in a fixed order, and what they depend on.
+pub(super) fn find(paths: &[PathBuf], watched: &mut Watched) -> Result<Vec<Found>, LoadError> {
+    let mut search = Search { watched, seen: HashSet::new(), found: Vec::new() };
     let mut paths = paths.to_vec();
     paths.sort();
     for path in paths {
@@ -42,7 +44,7 @@ pub(super) fn find(paths: &[PathBuf], directories: &mut BTreeSet<PathBuf>) -> Re
 }
 
 struct Search<'a> {
-    directories: &'a mut BTreeSet<PathBuf>,
+    watched: &'a mut Watched,
     /// Device and inode of all that was visited, so that links end and nothing is read twice.
     seen: HashSet<(u64, u64)>,
     found: Vec<Found>,
@@ -50,7 +52,9 @@ struct Search<'a> {
 
 impl Search<'_> {
     fn path(&mut self, path: &Path, named: bool) -> io::Result<()> {
-        self.directories.extend(directories_of(path));
+        for (directory, name) in places_of(path) {
+            self.watched.add_name(directory, name);
+        }
         let metadata = fs::metadata(path)?;
         if !self.seen.insert((metadata.dev(), metadata.ino())) {
             return Ok(());
@@ -58,12 +62,12 @@ impl Search<'_> {
         if metadata.is_dir() {
             return self.directory(path);
         }
-        self.found.push(Found { path: path.to_path_buf(), named });
+        self.found.push(Found { path: path.to_path_buf(), named, error: None });
         Ok(())
     }
 
     fn directory(&mut self, directory: &Path) -> io::Result<()> {
-        self.directories.insert(fs::canonicalize(directory)?);
+        self.watched.add_all(fs::canonicalize(directory)?);
         let names: io::Result<Vec<OsString>> = fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect();
         let mut names = names?;
         names.sort();
@@ -74,8 +78,8 @@ impl Search<'_> {
             if is_hidden || !(is_directory || has_policy_extension(&path)) {
                 continue;
             }
-            if self.path(&path, false).is_err() {
-                self.found.push(Found { path, named: false });
+            if let Err(error) = self.path(&path, false) {
+                self.found.push(Found { path, named: false, error: Some(error) });
             }
         }
         Ok(())
@@ -86,9 +90,9 @@ fn has_policy_extension(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
 }
 
-/// The directories whose entries decide what a path leads to: its own, and those of all links on the way.
-fn directories_of(path: &Path) -> Vec<PathBuf> {
-    let mut directories = Vec::new();
+/// The entries of directories that decide what a path leads to: its own, and those of all links on the way.
+fn places_of(path: &Path) -> Vec<(PathBuf, OsString)> {
+    let mut places = Vec::new();
     let mut here = PathBuf::from("/");
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
     let mut ahead: VecDeque<OsString> = parts(&absolute).collect();
@@ -102,7 +106,7 @@ fn directories_of(path: &Path) -> Vec<PathBuf> {
         match fs::read_link(&next) {
             Ok(target) if links < MAX_LINKS => {
                 links += 1;
-                directories.push(here.clone());
+                places.push((here.clone(), part));
                 if target.is_absolute() {
                     here = PathBuf::from("/");
                 }
@@ -113,8 +117,9 @@ fn directories_of(path: &Path) -> Vec<PathBuf> {
             _ => here = next,
         }
     }
-    directories.extend(here.parent().map(Path::to_path_buf));
-    directories
+    let own = here.parent().zip(here.file_name());
+    places.extend(own.map(|(directory, name)| (directory.to_path_buf(), name.to_owned())));
+    places
 }
 
 fn parts(path: &Path) -> impl Iterator<Item = OsString> {
@@ -126,14 +131,18 @@ fn parts(path: &Path) -> impl Iterator<Item = OsString> {
 }
 
 /// The bytes of a file; `left` is what may still be read of all files.
-pub(super) fn read(found: &Found, options: &LoadOptions, left: &mut u64) -> Result<Vec<u8>, ReadError> {
+pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> Result<Vec<u8>, ReadError> {
+    let named = found.named;
     let failed = |cause: io::Error| {
-        if found.named {
+        if named {
             return ReadError::Named(cause);
         }
         let message = format!("cannot read this file: {cause}");
         ReadError::Finding(Code::Unreadable, message, "delete it, or make it readable")
     };
+    if let Some(error) = found.error.take() {
+        return Err(failed(error));
+    }
     let metadata = fs::metadata(&found.path).map_err(failed)?;
     if !metadata.is_file() && !found.named {
         let message = "this is not a file".to_owned();
@@ -141,7 +150,7 @@ pub(super) fn read(found: &Found, options: &LoadOptions, left: &mut u64) -> Resu
     }
     let file = File::open(&found.path).map_err(failed)?;
     if options.require_root_owned {
-        only_root_writes(&found.path, &file.metadata().map_err(failed)?).map_err(failed)??;
+        only_root_writes(found, &file.metadata().map_err(failed)?).map_err(failed)??;
     }
     let mut bytes = Vec::new();
     let most = MAX_FILE.min(*left);
@@ -159,27 +168,29 @@ pub(super) fn read(found: &Found, options: &LoadOptions, left: &mut u64) -> Resu
     Ok(bytes)
 }
 
-/// Whoever can write a file, or replace it in its directory, can open every destination.
-fn only_root_writes(path: &Path, file: &Metadata) -> io::Result<Result<(), ReadError>> {
-    let unsafe_path = |path: &Path| {
-        let message = format!("others than root can change {}", path.display());
-        Err(ReadError::Finding(Code::UnsafeOwner, message, "chown root:root, and chmod go-w"))
-    };
+/// Whoever can write a file, replace it, or put one beside it, can open every destination.
+fn only_root_writes(found: &Found, file: &Metadata) -> io::Result<Result<(), ReadError>> {
     if is_writable_by_others(file) {
-        return Ok(unsafe_path(path));
+        return Ok(Err(unsafe_owner(&found.path)));
     }
-    for directory in directories_of(path) {
+    let holder = fs::canonicalize(&found.path)?.parent().map(Path::to_path_buf);
+    for (directory, _) in places_of(&found.path) {
         for directory in directory.ancestors() {
             let metadata = fs::metadata(directory)?;
             // In a sticky directory, as /tmp, others cannot replace what is root's, only add to it.
             let is_sticky = metadata.mode() & 0o1000 != 0 && metadata.uid() == 0;
-            let holds_the_file = path.parent() == Some(directory);
-            if is_writable_by_others(&metadata) && (holds_the_file || !is_sticky) {
-                return Ok(unsafe_path(directory));
+            let only_adds = is_sticky && (found.named || holder.as_deref() != Some(directory));
+            if is_writable_by_others(&metadata) && !only_adds {
+                return Ok(Err(unsafe_owner(directory)));
             }
         }
     }
     Ok(Ok(()))
+}
+
+fn unsafe_owner(path: &Path) -> ReadError {
+    let message = format!("others than root can change {}", printable(&path.to_string_lossy()));
+    ReadError::Finding(Code::UnsafeOwner, message, "chown root:root, and chmod go-w")
 }
 
 fn is_writable_by_others(metadata: &Metadata) -> bool {

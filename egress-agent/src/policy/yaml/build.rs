@@ -12,7 +12,8 @@ use saphyr_parser::{BufferedInput, Event, Parser, ScalarStyle, ScanError, Tag};
 
 use super::{
     Document, Entry, MAX_ALIASED, MAX_DEPTH, MAX_NODES, MAX_TOKEN, Node, Problem, Scalar, ScalarKind, Span, Value,
-    count, end_of, lines, unique,
+    complaints::{Tabbed, explain, indented_with_tabs, tab},
+    count, lines, unique,
 };
 use crate::policy::code::Code;
 
@@ -25,8 +26,8 @@ pub(super) struct Documents<'t> {
     parser: Option<Parser<'t, BufferedInput<Feed<'t>>>>,
     meter: Rc<Meter>,
     aliased: usize,
-    /// Where lines begin that are indented with tabs.
-    tabs: Vec<Span>,
+    /// Lines that are indented with tabs.
+    tabs: Vec<Tabbed>,
 }
 
 impl<'t> Documents<'t> {
@@ -74,14 +75,21 @@ impl<'t> Documents<'t> {
 
     fn mark(&self, error: &ScanError) -> Span {
         let mark = error.marker();
-        Span { line: count(mark.line().max(1)).saturating_add(self.base), column: count(mark.col() + 1), length: 1 }
+        let mut span = Span { line: count(mark.line().max(1)), column: count(mark.col() + 1), length: 1 };
+        // The parser takes the end of a text for the begin of another line, also where the last one has no end.
+        if mark.col() == 0 && self.text.chars().nth(mark.index()).is_none() {
+            span = end_of(self.text);
+        }
+        Span { line: span.line.saturating_add(self.base), ..span }
     }
 
     /// The parser lets some tabs pass; how deep they indent is anyone's guess.
     fn no_tab(&self, builder: &Builder<'_>, span: Span) -> Result<(), Problem> {
-        let place = |span: &Span| (span.line, span.column);
-        let indented = self.tabs.binary_search_by_key(&place(&span), place).is_ok();
-        if indented && !builder.in_flow() { Err(tab(Span { column: 1, length: 1, ..span })) } else { Ok(()) }
+        let found = self.tabs.binary_search_by_key(&(span.line, span.column), |line| (line.line, line.content));
+        match found {
+            Ok(index) if !builder.in_flow() => Err(tab(Span { column: self.tabs[index].tab, length: 1, ..span })),
+            _ => Ok(()),
+        }
     }
 
     /// Reads to the end of the document at hand; `None` at the end of the text.
@@ -341,80 +349,4 @@ fn too_many_aliased(span: Span) -> Problem {
 fn too_long(span: Span) -> Problem {
     let message = format!("a value, comment or `[…]`, `{{…}}` of more than {MAX_TOKEN} characters");
     Problem::new(Code::TooComplex, span, message).help("write long lists with one `- item` per line, or as JSON")
-}
-
-fn tab(span: Span) -> Problem {
-    let message = "a tab where YAML allows only spaces";
-    Problem::new(Code::Syntax, span, message).help("indent and separate with spaces")
-}
-
-/// The first place behind the indentation, for lines with tabs in it.
-fn indented_with_tabs(text: &str) -> Vec<Span> {
-    if !text.contains('\t') {
-        return Vec::new();
-    }
-    let indent = |line: &str| line.len() - line.trim_start_matches([' ', '\t']).len();
-    let tabbed = lines(text).enumerate().filter(|(_, line)| line[..indent(line)].contains('\t'));
-    tabbed.map(|(index, line)| Span { line: count(index + 1), column: count(indent(line) + 1), length: 0 }).collect()
-}
-
-/// What the parser says, and what that means to whoever wrote the text.
-const COMPLAINTS: [(&str, &str, &str); 9] = [
-    (
-        "mapping values are not allowed",
-        "a `:` where no key can be",
-        "put the value in quotes if the colon is part of it, or mend the indentation",
-    ),
-    (
-        "simple key expect",
-        "the line before this is neither `key: value` nor an item of a list",
-        "write `key: value`, or begin the line with `#`",
-    ),
-    ("escape", "an escape that YAML does not know", "in single quotes a backslash stands for itself"),
-    ("quoted scalar", "a quoted text that does not end", "close it with the quote it began with"),
-    (
-        "flow ",
-        "a list in `[` `]` or `{` `}` that does not end, or lacks a comma",
-        "close it, and separate its items with `,`",
-    ),
-    (
-        "illegal placement of ':'",
-        "a list in `[` `]` or `{` `}` that does not end, or lacks a comma",
-        "close it, and separate its items with `,`",
-    ),
-    (
-        "unexpected character",
-        "no value can begin with this character",
-        "put text that begins with it in quotes; if this is a template, render it first",
-    ),
-    ("indentation", "the indentation does not fit", "items of one list or mapping begin in the same column"),
-    ("'-' indicator", "a list that goes on as something else", "items of one list begin with `- ` in the same column"),
-];
-
-/// The parser's complaint in words that say what to do.
-fn explain(error: &ScanError, span: Span, text: &str) -> Problem {
-    let info = error.info();
-    if let Some(at) = tab_near(error, text) {
-        let span = Span { line: span.line - count(error.marker().line()) + at.line, ..at };
-        return tab(span);
-    }
-    if info.contains("unknown anchor") {
-        let message = "a value that begins with `*` is an alias, and nothing has that anchor";
-        return Problem::new(Code::BadAlias, span, message).help("put it in quotes if it is text: \"*.example.com\"");
-    }
-    match COMPLAINTS.iter().find(|(said, _, _)| info.contains(said)) {
-        Some((_, message, help)) => Problem::new(Code::Syntax, span, *message).help(*help),
-        None => Problem::new(Code::Syntax, span, format!("this is not YAML: {info}")),
-    }
-}
-
-/// The tab that an error is about, if it is about one: at the error, right before it, or further on in what could not
-/// be read.
-fn tab_near(error: &ScanError, text: &str) -> Option<Span> {
-    let info = error.info();
-    let first = error.marker().index().checked_sub(1)?;
-    let (start, _) = text.char_indices().nth(first)?;
-    let near = if info.contains("tab") { usize::MAX } else { 2 };
-    let (offset, _) = text[start..].char_indices().take(near).find(|(_, c)| *c == '\t')?;
-    Some(end_of(&text[..start + offset]))
 }

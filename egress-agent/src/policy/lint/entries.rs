@@ -1,0 +1,131 @@
+//! Lints of `ServiceEntry`.
+
+use std::collections::HashMap;
+
+use super::{denies_for_all, metadata_services, say};
+use crate::policy::{
+    EndpointAddress, ExportTo, HostPattern, NamespaceRef, PolicySet, ServiceEntry, code::Code, diagnostic::Finding,
+};
+
+/// Protocols that name the host they want.
+const NAMING: [&str; 7] = ["HTTP", "HTTP2", "HTTP_PROXY", "GRPC", "GRPC-WEB", "HTTPS", "TLS"];
+
+pub(super) fn lint(set: &PolicySet, findings: &mut Vec<Finding>) {
+    for entry in &set.service_entries {
+        addresses(entry, set, findings);
+        names(entry, findings);
+        reach(entry, findings);
+    }
+    disagreements(set, findings);
+    exported_to_all(set, findings);
+}
+
+fn addresses(entry: &ServiceEntry, set: &PolicySet, findings: &mut Vec<Finding>) {
+    if entry.addresses.iter().any(|net| net.prefix_len() == 0) {
+        let what = "this entry opens every address of a family";
+        say(findings, Code::EntryOpensAny, &entry.at, "spec.addresses", (what, "list the addresses of the service"));
+    }
+    for address in metadata_services() {
+        let denied = set.egress_policies.iter().any(|policy| denies_for_all(policy, address));
+        if !denied && entry.addresses.iter().any(|net| net.contains(&address)) {
+            let what = format!("the cloud's metadata service {} can be reached", address.addr());
+            let help = "take it out of the prefix, or deny it in an EgressPolicy";
+            say(findings, Code::MetadataReachable, &entry.at, "spec.addresses", (what, help));
+        }
+    }
+}
+
+fn names(entry: &ServiceEntry, findings: &mut Vec<Finding>) {
+    if !entry.subject_alt_names.is_empty() {
+        let what = "certificates are not looked at: whoever answers at the address is accepted";
+        let help = "verify the certificate in the client, and leave the field to the mesh";
+        say(findings, Code::SanNotVerified, &entry.at, "spec.subjectAltNames", (what, help));
+    }
+    let naming = entry.ports.iter().enumerate().find_map(|(index, port)| {
+        port.app_protocol.filter(|protocol| NAMING.contains(protocol)).map(|protocol| (index, protocol, &port.at))
+    });
+    if let Some((index, protocol, at)) = naming {
+        let what = format!("the host that {protocol} asks for is not looked at, only the address it connects to");
+        let help = "other names served at the same addresses can be reached too";
+        say(findings, Code::NameNotVerified, at, format!("spec.ports[{index}].protocol"), (what, help));
+    }
+}
+
+/// What the entry opens without and with look-ups.
+fn reach(entry: &ServiceEntry, findings: &mut Vec<Finding>) {
+    if entry.ports.is_empty() {
+        let what = "an entry without ports opens nothing";
+        return say(findings, Code::OpensNothing, &entry.at, "spec.ports", (what, "list the ports that clients dial"));
+    }
+    let has_endpoint = |wanted: fn(&EndpointAddress) -> bool| entry.endpoints.iter().any(|e| wanted(&e.address));
+    let has_address = !entry.addresses.is_empty() || has_endpoint(|address| matches!(address, EndpointAddress::Ip(_)));
+    if has_address || entry.workload_selector.is_some() {
+        return;
+    }
+    let has_name = entry.hosts.iter().any(|host| matches!(host, HostPattern::Exact(_)))
+        || has_endpoint(|address| matches!(address, EndpointAddress::Host(_)));
+    if has_name {
+        let what = "the addresses come from DNS, which is not asked here";
+        say(findings, Code::NeedsLookup, &entry.at, "spec.hosts", (what, "list `addresses` to depend on no look-up"));
+    } else {
+        let what = "there is no address for a wildcard, so this entry opens nothing";
+        let help = "list `addresses`, or name the hosts one by one";
+        say(findings, Code::OpensNothing, &entry.at, "spec.hosts", (what, help));
+    }
+}
+
+/// The first entry of each host is what later ones are compared with.
+fn disagreements(set: &PolicySet, findings: &mut Vec<Finding>) {
+    let mut first: HashMap<&HostPattern, &ServiceEntry> = HashMap::new();
+    for entry in &set.service_entries {
+        for (index, host) in entry.hosts.iter().enumerate() {
+            let Some(other) = first.insert(host, entry).filter(|other| other.object != entry.object) else { continue };
+            first.insert(host, other);
+            if let Some(field) = difference(entry, other) {
+                let what = format!("{} describes `{host}` with other {field}, at {}", other.object, other.at);
+                let help = "what either opens is open; keep one entry for each host";
+                say(findings, Code::EntriesDisagree, &entry.at, format!("spec.hosts[{index}]"), (what, help));
+            }
+        }
+    }
+}
+
+fn difference(a: &ServiceEntry, b: &ServiceEntry) -> Option<&'static str> {
+    let sorted = |entry: &ServiceEntry| {
+        let mut nets = entry.addresses.clone();
+        nets.sort();
+        nets
+    };
+    let protocols_differ = a
+        .ports
+        .iter()
+        .any(|port| b.ports.iter().any(|other| other.number == port.number && other.app_protocol != port.app_protocol));
+    match () {
+        () if a.resolution != b.resolution => Some("`resolution`"),
+        () if a.location != b.location => Some("`location`"),
+        () if sorted(a) != sorted(b) => Some("`addresses`"),
+        () if protocols_differ => Some("protocols"),
+        () => None,
+    }
+}
+
+/// A policy that lists services, and not all, expects that the others stay out of reach.
+fn exported_to_all(set: &PolicySet, findings: &mut Vec<Finding>) {
+    let limits =
+        |references: &Vec<_>| !references.iter().any(|r: &crate::policy::ServiceRef| r.namespace == NamespaceRef::Any);
+    let limiting: Vec<_> =
+        set.egress_policies.iter().filter(|policy| policy.services.as_ref().is_some_and(limits)).collect();
+    let Some(example) = limiting.first() else { return };
+    for entry in set.service_entries.iter().filter(|entry| entry.export_to == ExportTo::All) {
+        let is_shared = limiting.iter().flat_map(|policy| policy.services.iter().flatten()).any(|reference| {
+            matches!(&reference.namespace, NamespaceRef::Named(name) if **name == *entry.object.namespace)
+                && reference.name.as_ref().is_none_or(|name| **name == *entry.object.name)
+        });
+        if !is_shared {
+            let what =
+                format!("this entry is exported to every namespace, and {} keeps services apart", example.object);
+            let help = "write `exportTo: [\".\"]`, or the namespaces that need it";
+            say(findings, Code::ExportedToAll, &entry.at, "spec.exportTo", (what, help));
+        }
+    }
+}
