@@ -1,10 +1,10 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::compile::NodeAction;
+use crate::{compile::NodeAction, policy::L4};
 
 /// Egress firewall in the kernel, driven by Istio `ServiceEntry` documents.
 ///
@@ -26,6 +26,10 @@ pub struct Cli {
 pub enum Command {
     /// Enforce policies on a cgroup and all below it, and report what they refuse.
     Run(RunArgs),
+    /// Find what is wrong with policy documents, and what is probably not meant.
+    Check(CheckArgs),
+    /// Tell what policies say of a destination, by which rule, and what would allow it.
+    Explain(ExplainArgs),
 }
 
 /// Verbosity of the agent's own log.
@@ -87,4 +91,116 @@ pub struct RunArgs {
     /// How denials are written; text on a terminal, else JSON lines.
     #[arg(long, value_name = "FORMAT")]
     pub output: Option<Output>,
+}
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Reads the documents as `run` does and prints every error and lint with its place and a fix. Nothing is enforced; no privilege
+is needed. Lints come only where no document is wrong.
+
+Exit status: 0 no error (warnings are printed), 1 errors, or with --strict any finding, 2 could not run.
+
+Example:
+  egress-agent check --strict policies/")]
+pub struct CheckArgs {
+    /// Policy files, or directories of *.yaml, *.yml and *.json files.
+    #[arg(required = true, value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// Fail for warnings and notes too.
+    #[arg(long)]
+    pub strict: bool,
+    /// Look up the names of entries that have no addresses, and warn only of those that do not resolve.
+    #[arg(long)]
+    pub resolve: bool,
+    /// How findings are written; text on a terminal, else one JSON object.
+    #[arg(long, value_name = "FORMAT")]
+    pub output: Option<Output>,
+}
+
+/// Arguments of `explain`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The decision is made by the same code, over the same contents, as in the kernel. The workload is described by flags; what is
+not given is not known, and selectors of that kind do not match it.
+
+Each line of --flows is {\"to\":\"IP:PORT\",\"protocol\":\"TCP\",\"namespace\":…,\"labels\":{…},\"cgroup\":…,\"unit\":…,\"user\":…},
+all but \"to\" optional; each is answered by one line, in the same order.
+
+Exit status: 0 allowed or would be denied by Audit only, 1 denied, 2 could not run; with --flows 0 when all were answered.
+
+Examples:
+  egress-agent explain policies/ --to 203.0.113.10:3306
+  egress-agent explain policies/ --to db.example.com:5432 --resolve db.example.com=192.0.2.7 --cgroup system.slice/web.service
+  egress-agent explain policies/ --flows flows.jsonl > answers.jsonl")]
+pub struct ExplainArgs {
+    /// Policy files, or directories of *.yaml, *.yml and *.json files.
+    #[arg(required = true, value_name = "PATH")]
+    pub paths: Vec<PathBuf>,
+    /// The destination; a name is looked up unless --resolve gives its address.
+    #[arg(long, value_name = "HOST:PORT", required_unless_present = "flows", conflicts_with = "flows")]
+    pub to: Option<String>,
+    /// Answer every line of a file, or of stdin (`-`).
+    #[arg(long, value_name = "FILE")]
+    pub flows: Option<PathBuf>,
+    /// TCP or UDP.
+    #[arg(long, visible_alias = "protocol", value_name = "PROTOCOL", default_value = "TCP", ignore_case = true)]
+    pub proto: Proto,
+    /// The workload is a pod of this namespace.
+    #[arg(long, value_name = "NAMESPACE", conflicts_with = "flows")]
+    pub namespace: Option<String>,
+    /// The labels of the pod.
+    #[arg(long, value_name = "KEY=VALUE,…", value_delimiter = ',', value_parser = pair, requires = "namespace")]
+    pub labels: Vec<(String, String)>,
+    /// The cgroup of the workload, as a path below the cgroup2 mount.
+    #[arg(long, value_name = "PATH", conflicts_with = "flows")]
+    pub cgroup: Option<String>,
+    /// The systemd unit of the workload; by default what its cgroup says.
+    #[arg(long, value_name = "UNIT", conflicts_with = "flows")]
+    pub unit: Option<String>,
+    /// The user of the workload, by name or number.
+    #[arg(long, value_name = "USER", conflicts_with = "flows")]
+    pub user: Option<String>,
+    /// What holds for workloads that no enforcing `EgressPolicy` selects.
+    #[arg(long, value_name = "ACTION", default_value = "Deny", ignore_case = true)]
+    pub default: NodeAction,
+    /// The address of a name, in the documents and in the question; may be given several times.
+    #[arg(long, value_name = "HOST=IP", value_parser = host_address)]
+    pub resolve: Vec<(String, IpAddr)>,
+    /// The resolvers that `dns: { servers: System }` means; by default those of /etc/resolv.conf.
+    #[arg(long, value_name = "IP")]
+    pub system_resolver: Vec<IpAddr>,
+    /// How answers are written; text on a terminal, else JSON lines.
+    #[arg(long, value_name = "FORMAT", conflicts_with = "flows")]
+    pub output: Option<Output>,
+}
+
+/// `--proto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "UPPER")]
+pub enum Proto {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl From<Proto> for L4 {
+    fn from(proto: Proto) -> Self {
+        match proto {
+            Proto::Tcp => Self::Tcp,
+            Proto::Udp => Self::Udp,
+        }
+    }
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("must be KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+fn host_address(text: &str) -> Result<(String, IpAddr), String> {
+    let (host, address) = text.split_once('=').ok_or("must be HOST=IP")?;
+    let address = address.parse().map_err(|_| format!("{address:?} is not an IP address"))?;
+    Ok((host.trim_end_matches('.').to_lowercase(), address))
 }

@@ -4,7 +4,7 @@
 //! list of [`Statement`]s; [`flatten`] merges all that cover an address, so that one look-up is the whole answer.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
@@ -13,7 +13,7 @@ use egress_common::{Action, RuleId};
 use ipnet::IpNet;
 
 use crate::{
-    policy::{L4, Mode, PolicySet, RuleName},
+    policy::{HostPattern, L4, Mode, PolicySet, RuleName},
     ruleset::{Ruleset, Table, rule_id},
     workload::Workload,
 };
@@ -29,6 +29,20 @@ pub struct Context {
     pub node_default: NodeDefault,
     /// What `dns: { servers: System }` means.
     pub system_resolvers: Vec<IpAddr>,
+    /// What is known of host names.
+    pub names: Names,
+}
+
+/// Addresses of host names; names are in lower case, without a trailing dot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Names(pub BTreeMap<String, BTreeSet<IpAddr>>);
+
+impl Names {
+    /// The addresses of every known name that a pattern covers.
+    pub fn addresses<'a>(&'a self, pattern: &'a HostPattern) -> impl Iterator<Item = IpAddr> + 'a {
+        let covered = self.0.iter().filter(|(name, _)| pattern.covers(name));
+        covered.flat_map(|(_, addresses)| addresses.iter().copied())
+    }
 }
 
 /// `builtin/default`: see [`combine`].

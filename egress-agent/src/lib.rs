@@ -4,10 +4,12 @@
 //! for each step. Only [`dataplane`] makes bpf calls; only the binary prints, exits and reads the environment.
 
 pub mod cgroup;
+pub mod check;
 pub mod cli;
 pub mod compile;
 pub mod dataplane;
 pub mod events;
+pub mod explain;
 pub mod pins;
 pub mod policy;
 pub mod prefix;
@@ -15,5 +17,6 @@ mod report;
 pub mod resolv;
 pub mod ruleset;
 pub mod run;
+pub mod users;
 mod watch;
 pub mod workload;

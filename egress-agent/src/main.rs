@@ -1,11 +1,29 @@
 //! `egress-agent`: the command. Only here are errors printed, the environment read, and the exit status chosen.
 
-use std::{io::IsTerminal, process::ExitCode};
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write},
+    path::Path,
+    process::ExitCode,
+};
 
+use anyhow::Context as _;
 use clap::Parser;
 use egress_agent::{
-    cli::{Cli, Command, LogLevel, RunArgs},
+    check::{LookUp, Report},
+    cli::{CheckArgs, Cli, Command, ExplainArgs, LogLevel, Output, RunArgs},
+    compile::{Context, Names, NodeDefault},
+    explain::{
+        Explainer,
+        ask::{self, Target, Who, flows},
+    },
+    policy::{
+        diagnostic::{Color, Severity, render},
+        load::{LoadOptions, load},
+    },
+    resolv,
     run::{self, chain},
+    users::{PASSWD, Users},
 };
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
@@ -21,6 +39,106 @@ fn main() -> ExitCode {
     start_log(cli.log);
     match cli.command {
         Command::Run(args) => run(&args, cli.log),
+        Command::Check(args) => finish(check(&args)),
+        Command::Explain(args) => finish(explain(&args)),
+    }
+}
+
+/// The status of a command that only reads and tells.
+fn finish(result: anyhow::Result<u8>) -> ExitCode {
+    match result {
+        Ok(code) => ExitCode::from(code),
+        // Whoever stops reading has read enough: `egress-agent check … | head`.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let is_it = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+            || cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind)
+                == Some(io::ErrorKind::BrokenPipe)
+    };
+    error.chain().any(is_it)
+}
+
+/// Text for a terminal, JSON for a program.
+fn output(asked: Option<Output>) -> Output {
+    asked.unwrap_or(if io::stdout().is_terminal() { Output::Text } else { Output::Json })
+}
+
+fn color() -> Color {
+    let wanted = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    if wanted { Color::Ansi } else { Color::Never }
+}
+
+fn check(args: &CheckArgs) -> anyhow::Result<u8> {
+    let look_up = if args.resolve { LookUp::System } else { LookUp::Never };
+    let report = Report::new(&args.paths, look_up)?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    report.write(&mut out, output(args.output), color())?;
+    out.flush()?;
+    Ok(report.exit_code(args.strict))
+}
+
+fn explain(args: &ExplainArgs) -> anyhow::Result<u8> {
+    let loaded = load(&args.paths, &LoadOptions::default())?;
+    for finding in &loaded.findings {
+        if finding.severity == Severity::Error {
+            eprint!("{}", render(finding, loaded.source(finding), Color::Never));
+        }
+    }
+    anyhow::ensure!(!loaded.has_errors(), "the policy is invalid; `egress-agent check` tells all of it");
+    let mut out = BufWriter::new(io::stdout().lock());
+    let users = Users::read(Path::new(PASSWD));
+    let mut context = context(args)?;
+    if let Some(path) = &args.flows {
+        flows(&loaded.policies, &context, &users, &mut open(path)?, &mut out)?;
+        return Ok(0);
+    }
+    let target = Target::parse(args.to.as_deref().unwrap_or_default(), &context.names)?;
+    if let Some(host) = &target.host {
+        context.names.0.entry(host.clone()).or_default().extend(&target.addresses);
+    }
+    let explainer = Explainer::new(&loaded.policies, who(args).workload(&users), &context);
+    let denied = ask::explain(&explainer, &target, args.proto.into(), output(args.output), &mut out)?;
+    out.flush()?;
+    Ok(u8::from(denied))
+}
+
+fn open(path: &Path) -> anyhow::Result<Box<dyn BufRead>> {
+    if path == Path::new("-") {
+        return Ok(Box::new(io::stdin().lock()));
+    }
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    Ok(Box::new(BufReader::new(file)))
+}
+
+fn context(args: &ExplainArgs) -> anyhow::Result<Context> {
+    let system_resolvers = if args.system_resolver.is_empty() {
+        resolv::resolvers(Path::new(resolv::RESOLV_CONF)).context("cannot read /etc/resolv.conf")?
+    } else {
+        args.system_resolver.clone()
+    };
+    let mut names = Names::default();
+    for (host, address) in &args.resolve {
+        names.0.entry(host.clone()).or_default().insert(*address);
+    }
+    let node_default = NodeDefault { action: args.default, loopback: true, dns: true };
+    Ok(Context { node_default, system_resolvers, names })
+}
+
+fn who(args: &ExplainArgs) -> Who {
+    Who {
+        namespace: args.namespace.clone(),
+        labels: args.labels.iter().cloned().collect(),
+        cgroup: args.cgroup.clone(),
+        unit: args.unit.clone(),
+        user: args.user.clone(),
     }
 }
 
@@ -52,7 +170,7 @@ fn start_log(level: LogLevel) {
     let targets = Targets::new()
         .with_default(filter.min(LevelFilter::WARN))
         .with_targets([("egress_agent", filter), ("egress_ebpf", filter)]);
-    let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(color).with_target(false);
+    let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let format = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(color).with_target(false);
     tracing_subscriber::registry().with(format).with(targets).init();
 }

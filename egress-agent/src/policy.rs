@@ -26,6 +26,7 @@ pub mod names;
 pub mod object;
 pub mod path;
 pub mod service_entry;
+pub mod write;
 pub mod suggest;
 pub mod yaml;
 
@@ -92,12 +93,28 @@ impl fmt::Display for ObjectName {
 }
 
 /// Layer 4 protocol of a rule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
 pub enum L4 {
     /// TCP, MPTCP included.
     Tcp,
     /// UDP.
     Udp,
+}
+
+impl L4 {
+    /// As documents and reports spell it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        }
+    }
+
+    /// The inverse of [`L4::as_str`], in any case.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Tcp, Self::Udp].into_iter().find(|l4| text.eq_ignore_ascii_case(l4.as_str()))
+    }
 }
 
 /// `*.example.com` or `db.example.com`; lower case, without a trailing dot.
@@ -109,6 +126,17 @@ pub enum HostPattern {
     Below(String),
     /// Names that end in this, itself included: `*bar.com` holds `bar.com`. Only in a `ServiceEntry`.
     Ending(String),
+}
+
+impl HostPattern {
+    /// Whether a name, in lower case and without a trailing dot, is one of these.
+    pub fn covers(&self, name: &str) -> bool {
+        match self {
+            Self::Exact(exact) => name == exact,
+            Self::Below(suffix) => name.strip_suffix(suffix.as_str()).is_some_and(|rest| rest.ends_with('.')),
+            Self::Ending(end) => name.ends_with(end.as_str()),
+        }
+    }
 }
 
 impl fmt::Display for HostPattern {

@@ -19,7 +19,7 @@ use tokio::{
 use crate::{
     cgroup::{self, Cgroup, CgroupError, CgroupPaths},
     cli::{LogLevel, Output, RunArgs},
-    compile::{Context, NodeDefault, combine::service_statements, compile},
+    compile::{Context, Names, NodeDefault, combine::service_statements, compile},
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog},
     events::Enricher,
     pins::{PinDirectory, PinError},
@@ -172,7 +172,7 @@ impl Source {
         warn_of_names(&loaded.policies);
         let resolv_conf = Path::new(resolv::RESOLV_CONF);
         let system_resolvers = resolv::resolvers(resolv_conf).map_err(system("cannot read /etc/resolv.conf"))?;
-        let context = Context { node_default: self.node_default, system_resolvers };
+        let context = Context { node_default: self.node_default, system_resolvers, names: Names::default() };
         let ruleset = compile(&loaded.policies, &Workload::default(), &context);
         Ok((loaded, ruleset))
     }
@@ -191,7 +191,7 @@ fn report(finding: &Finding) {
 /// Names are not resolved: an entry that has nothing else opens nothing.
 fn warn_of_names(policies: &PolicySet) {
     for entry in &policies.service_entries {
-        if service_statements(entry).all(|statement| statement.parts.is_empty()) {
+        if service_statements(entry, &Names::default()).all(|statement| statement.parts.is_empty()) {
             let hosts: Vec<String> = entry.hosts.iter().map(ToString::to_string).collect();
             tracing::warn!(
                 entry = %entry.object, at = %entry.at, hosts = hosts.join(","),

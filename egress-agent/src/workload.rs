@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::policy::{EgressPolicy, LabelOperator, LabelRequirement, PodSelector, Selector, User};
+use crate::policy::{EgressPolicy, LabelOperator, LabelRequirement, PodSelector, PolicySet, Selector, User};
 
 /// What is known of a workload. A selector of a kind that is not known here does not match.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -35,6 +35,24 @@ pub struct UserIdentity {
     pub uid: Option<u32>,
     /// The name in `/etc/passwd`.
     pub name: Option<String>,
+}
+
+/// What the rules of a workload depend on: workloads with the same key share them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ScopeKey {
+    /// The places of the policies that select it.
+    selecting: Vec<usize>,
+    /// The namespace that visibility is judged by, for pods.
+    namespace: Option<String>,
+}
+
+impl ScopeKey {
+    /// The key of a workload.
+    pub fn new(policies: &PolicySet, workload: &Workload) -> Self {
+        let policies = policies.egress_policies.iter().enumerate();
+        let selecting = policies.filter(|(_, policy)| selects(policy, workload)).map(|(index, _)| index).collect();
+        Self { selecting, namespace: workload.pod.as_ref().map(|pod| pod.namespace.clone()) }
+    }
 }
 
 /// Whether a policy selects a workload: any of its selectors does, or it has none.

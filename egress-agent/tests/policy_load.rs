@@ -11,7 +11,7 @@ use std::{
 use egress_agent::policy::{
     PolicySet,
     code::Code,
-    load::{LoadError, LoadOptions, Loaded, load, load_text, watched},
+    load::{LoadError, LoadOptions, Loaded, MAX_FILE, MAX_TOTAL, load, load_text, watched},
 };
 use tempfile::TempDir;
 
@@ -182,6 +182,21 @@ fn files_that_others_can_change_are_refused_where_that_is_asked() {
     set(root.path(), 0o755);
     let owner_is_root = std::os::unix::fs::MetadataExt::uid(&fs::metadata(&path).unwrap()) == 0;
     assert_eq!(refusals(&path), if owner_is_root { vec![] } else { vec![Code::UnsafeOwner] });
+}
+
+#[test]
+fn sizes_are_bounded() {
+    let root = TempDir::new().unwrap();
+    write(root.path(), "a.yaml", &entry("a"));
+    fs::File::create(root.path().join("b.yaml")).unwrap().set_len(MAX_FILE + 1).unwrap();
+    let loaded = read(&[root.path()]);
+    assert_eq!((codes(&loaded), names(&loaded.policies)), (vec![Code::FileTooLarge], vec!["a"]));
+    for number in 0..5 {
+        let file = fs::File::create(root.path().join(format!("c{number}.yaml"))).unwrap();
+        file.set_len(MAX_FILE - 1).unwrap();
+    }
+    let too_large = codes(&read(&[root.path()])).iter().filter(|code| **code == Code::FileTooLarge).count();
+    assert_eq!(too_large, 3, "b, and the two that go beyond {MAX_TOTAL} bytes");
 }
 
 #[test]

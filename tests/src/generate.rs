@@ -4,7 +4,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use egress_agent::policy::{EndpointAddress, L4, PolicySet, ServiceEntry};
+use egress_agent::{
+    compile::Names,
+    policy::{EgressPolicy, EndpointAddress, L4, Peer, PolicySet, Rule, ServiceEntry},
+    prefix::canonical,
+    workload::{Pod, UserIdentity, Workload},
+};
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*, sample::select};
 use serde_json::{Value, json};
@@ -142,6 +147,184 @@ pub fn service_entries() -> impl Strategy<Value = Vec<Value>> {
     (vec(any::<()>(), 0..6)).prop_flat_map(|slots| (0..slots.len()).map(service_entry).collect::<Vec<_>>())
 }
 
+/// A prefix and others within it.
+fn cidr() -> impl Strategy<Value = Value> {
+    (prefix(), any::<bool>(), vec(select(PREFIXES), 0..3)).prop_map(|(cidr, narrowed, excepts)| {
+        let around = canonical(cidr.parse().expect("a prefix"));
+        let within = |text: &&str| {
+            let net = canonical(text.parse().expect("a prefix"));
+            around.contains(&net) && around != net
+        };
+        let excepts: Vec<&str> = excepts.into_iter().filter(within).collect();
+        if narrowed && !excepts.is_empty() {
+            json!({ "cidr": cidr, "except": excepts })
+        } else {
+            json!({ "cidr": cidr })
+        }
+    })
+}
+
+/// Names that documents use and that [`names`] may know.
+const HOSTS: &[&str] = &["host0.example.com", "host1.example.com", "a.b.example.org", "b.example.org"];
+const PATTERNS: &[&str] = &["host0.example.com", "*.example.org", "*.b.example.org", "b.example.org", "*.example.com"];
+
+fn peer(with_hosts: bool) -> BoxedStrategy<Value> {
+    if with_hosts {
+        prop_oneof![4 => cidr(), 1 => select(PATTERNS).prop_map(|host| json!({ "host": host }))].boxed()
+    } else {
+        cidr().boxed()
+    }
+}
+
+fn port_range() -> impl Strategy<Value = Value> {
+    let protocol = proptest::option::of(select(&["TCP", "UDP", "Any"][..]));
+    (proptest::option::of((port(), proptest::option::of(port()))), protocol).prop_map(|(ports, protocol)| {
+        let mut range = json!({});
+        if let Some((port, end)) = ports {
+            range["port"] = json!(port);
+            if let Some(end) = end.filter(|&end| end >= port) {
+                range["endPort"] = json!(end);
+            }
+        }
+        if let Some(protocol) = protocol {
+            range["protocol"] = json!(protocol);
+        } else if range == json!({}) {
+            range["protocol"] = json!("TCP");
+        }
+        range
+    })
+}
+
+fn rule(with_hosts: bool) -> impl Strategy<Value = Value> {
+    let to = proptest::option::weighted(0.8, vec(peer(with_hosts), 1..4));
+    let ports = proptest::option::weighted(0.7, vec(port_range(), 1..3));
+    (to, ports).prop_map(|(to, ports)| {
+        let mut rule = json!({});
+        if let Some(to) = to {
+            rule["to"] = json!(to);
+        }
+        if let Some(ports) = ports {
+            rule["ports"] = json!(ports);
+        }
+        rule
+    })
+}
+
+/// One of some values, or nothing.
+fn sometimes(values: Vec<Value>) -> impl Strategy<Value = Option<Value>> {
+    proptest::option::weighted(0.4, select(values))
+}
+
+/// An `EgressPolicy`. Without selectors it speaks for every workload.
+pub fn egress_policy(index: usize, with_selectors: bool) -> impl Strategy<Value = Value> {
+    let selectors = vec![
+        json!([{ "cgroup": "a/*" }]),
+        json!([{ "user": 33 }, { "unit": "x.service" }]),
+        json!([{ "pod": { "matchLabels": { "app": "web" } } }]),
+        json!([{ "pod": { "matchLabels": { "app": "db" }, "namespaces": ["shop"] } }, { "user": "root" }]),
+    ];
+    let workloads = if with_selectors { sometimes(selectors).boxed() } else { Just(None).boxed() };
+    let services = sometimes(vec![
+        json!([]),
+        json!(["*/*"]),
+        json!(["./*"]),
+        json!(["shop/entry0", "./entry1"]),
+        json!(["web/*", "default/entry2"]),
+    ]);
+    let rules = (vec(rule(true), 0..3), vec(rule(false), 0..2));
+    let dns = sometimes(vec![
+        json!({ "servers": "System" }),
+        json!({ "servers": "None" }),
+        json!({ "servers": ["10.1.2.3", "2001:db8::1"] }),
+    ]);
+    let toggles = (
+        sometimes(vec![json!("Deny"), json!("Allow")]),
+        sometimes(vec![json!("Allow"), json!("None")]),
+        sometimes(vec![json!("Enforce"), json!("Audit"), json!("Audit")]),
+    );
+    (workloads, services, rules, dns, toggles, select(NAMESPACES)).prop_map(
+        move |(workloads, services, (allow, deny), dns, (default, loopback, mode), namespace)| {
+            let lists = [("allow", allow), ("deny", deny)]
+                .map(|(field, list)| (field, (!list.is_empty()).then_some(json!(list))));
+            let fields = [
+                ("workloads", workloads),
+                ("services", services),
+                ("dns", dns),
+                ("defaultAction", default),
+                ("loopback", loopback),
+                ("mode", mode),
+            ];
+            let spec = fields.into_iter().chain(lists).filter_map(|(field, value)| Some((field.to_owned(), value?)));
+            json!({
+                "apiVersion": "egress.filter/v1alpha1",
+                "kind": "EgressPolicy",
+                "metadata": { "name": format!("policy{index}"), "namespace": namespace },
+                "spec": Value::Object(spec.collect()),
+            })
+        },
+    )
+}
+
+/// A `ServiceEntry` that is dialled by its names.
+pub fn named_entry(index: usize) -> impl Strategy<Value = Value> {
+    let hosts = prop_oneof![select(PATTERNS).prop_map(str::to_owned), Just(format!("host{index}.example.com"))];
+    let endpoint = prop_oneof![select(HOSTS).prop_map(str::to_owned), host_address()];
+    (hosts, distinct_ports(), proptest::option::of(endpoint), select(NAMESPACES)).prop_map(
+        move |(host, ports, endpoint, namespace)| {
+            let is_wild = host.starts_with('*');
+            let mut spec =
+                json!({ "hosts": [host], "ports": ports, "resolution": if is_wild { "NONE" } else { "DNS" } });
+            if let Some(endpoint) = endpoint.filter(|_| !is_wild) {
+                spec["endpoints"] = json!([{ "address": endpoint }]);
+            }
+            json!({
+                "apiVersion": "networking.istio.io/v1",
+                "kind": "ServiceEntry",
+                "metadata": { "name": format!("named{index}"), "namespace": namespace },
+                "spec": spec,
+            })
+        },
+    )
+}
+
+/// What is known of names.
+pub fn names() -> impl Strategy<Value = Names> {
+    vec((select(HOSTS), host_address()), 0..5).prop_map(|known| {
+        let mut names = Names::default();
+        for (host, address) in known {
+            let address = address.parse().expect("an address");
+            names.0.entry(host.to_owned()).or_default().insert(address);
+        }
+        names
+    })
+}
+
+/// Documents of both kinds.
+pub fn documents(with_selectors: bool) -> impl Strategy<Value = Vec<Value>> {
+    let entries = (0..5_usize, 0..3_usize).prop_flat_map(|(plain, named)| {
+        ((0..plain).map(service_entry).collect::<Vec<_>>(), (0..named).map(named_entry).collect::<Vec<_>>())
+    });
+    let policies = (0..4_usize)
+        .prop_flat_map(move |count| (0..count).map(|index| egress_policy(index, with_selectors)).collect::<Vec<_>>());
+    (entries, policies).prop_map(|((plain, named), policies)| [plain, named, policies].concat())
+}
+
+/// A workload that some selectors match.
+pub fn workload() -> impl Strategy<Value = Workload> {
+    let pod = (select(NAMESPACES), select(&["web", "db"][..])).prop_map(|(namespace, app)| Pod {
+        namespace: namespace.to_owned(),
+        labels: [("app".to_owned(), app.to_owned())].into(),
+        namespace_labels: std::collections::BTreeMap::new(),
+    });
+    let cgroup = select(&["a/b/c", "b/x.service"][..]).prop_map(str::to_owned);
+    let user = select(&[(33, "www-data"), (0, "root")][..])
+        .prop_map(|(uid, name)| UserIdentity { uid: Some(uid), name: Some(name.to_owned()) });
+    let unit = Just("x.service".to_owned());
+    let option = proptest::option::of::<BoxedStrategy<String>>;
+    (option(cgroup.boxed()), option(unit.boxed()), proptest::option::of(pod), proptest::option::of(user))
+        .prop_map(|(cgroup, unit, pod, user)| Workload { cgroup, unit, pod, user })
+}
+
 /// A flow at or next to an edge of some prefix, and of some port.
 pub fn question() -> impl Strategy<Value = Question> {
     let edge = (prefix(), 0..EDGES).prop_map(|(text, place)| {
@@ -158,7 +341,9 @@ pub fn question() -> impl Strategy<Value = Question> {
 
 /// A flow at or next to something that the documents name, or any other.
 pub fn question_about(policies: &PolicySet) -> BoxedStrategy<Question> {
-    let named: Vec<(IpNet, u16, L4)> = policies.service_entries.iter().flat_map(named_in).collect();
+    let of_entries = policies.service_entries.iter().flat_map(named_in);
+    let of_policies = policies.egress_policies.iter().flat_map(named_in_policy);
+    let named: Vec<(IpNet, u16, L4)> = of_entries.chain(of_policies).collect();
     if named.is_empty() {
         return question().boxed();
     }
@@ -179,6 +364,27 @@ fn named_in(entry: &ServiceEntry) -> Vec<(IpNet, u16, L4)> {
         [(port.number, port.l4)].into_iter().chain(target)
     });
     ports.flat_map(|(port, l4)| nets.iter().map(move |&net| (net, port, l4)).collect::<Vec<_>>()).collect()
+}
+
+fn named_in_policy(policy: &EgressPolicy) -> Vec<(IpNet, u16, L4)> {
+    let nets = |rule: &Rule| -> Vec<IpNet> {
+        let of_peer = |peer: &Peer| match peer {
+            Peer::Cidr { cidr, except } => [*cidr].into_iter().chain(except.iter().copied()).collect(),
+            Peer::Host(_) => Vec::new(),
+        };
+        rule.to.iter().flatten().flat_map(of_peer).collect()
+    };
+    let ports = |rule: &Rule| -> Vec<(u16, L4)> {
+        let ranges = rule.ports.iter().flatten();
+        let edges = ranges.flat_map(|range| [range.low, range.high].map(|port| (port, range.l4.unwrap_or(L4::Udp))));
+        edges.chain([(443, L4::Tcp)]).collect()
+    };
+    let rules = policy.allow.iter().chain(&policy.deny);
+    let pairs = |rule: &Rule| {
+        let ports = ports(rule);
+        nets(rule).into_iter().flat_map(move |net| ports.clone().into_iter().map(move |(port, l4)| (net, port, l4)))
+    };
+    rules.flat_map(pairs).collect()
 }
 
 fn shifted(port: u16, by: i32) -> u16 {

@@ -1,18 +1,20 @@
 //! What the documents mean, slowly and obviously: for one flow, every statement is read again from the top.
 //!
 //! Written from the description of the policy language, not from the compiler, with which it shares nothing but the
-//! parsed documents.
+//! parsed documents. [`ask`] puts the same question to the compiled rules.
 
 use std::net::{IpAddr, Ipv6Addr};
 
 use egress_agent::{
-    compile::{Context, NodeAction},
+    compile::{Context, Names, NodeAction},
     policy::{
-        DefaultAction, DnsServers, EgressPolicy, EndpointAddress, ExportTo, L4, Mode, NamespaceRef, ObjectName, Peer,
-        PolicySet, Resolution, Rule, ServiceEntry, Toggle,
+        DefaultAction, DnsServers, EgressPolicy, EndpointAddress, ExportTo, HostPattern, L4, Mode, NamespaceRef,
+        ObjectName, Peer, PolicySet, Resolution, Rule, RuleName, ServiceEntry, Toggle,
     },
+    ruleset::Ruleset,
     workload::{Workload, selects},
 };
+use egress_common::{Flow, Protocol, Scope, Verdict};
 use ipnet::IpNet;
 
 /// What a workload dials.
@@ -44,6 +46,26 @@ pub enum Why {
     Rule(Option<ObjectName>, String),
     /// No rule.
     NoRule,
+}
+
+/// What a compiled ruleset answers.
+pub fn ask(ruleset: &Ruleset, asked: Question) -> Answer {
+    let protocol = match asked.l4 {
+        L4::Tcp => Protocol::Tcp,
+        L4::Udp => Protocol::Udp,
+    };
+    let flow = Flow { scope: Scope::DEFAULT, protocol, address: asked.address.into(), port: asked.port };
+    let decision = ruleset.decide(&flow);
+    let why = match ruleset.rule(&decision) {
+        Some(RuleName::Document { object, path, .. }) => Why::Rule(Some(object.clone()), path.to_string()),
+        Some(RuleName::Builtin(name)) => Why::Rule(None, (*name).to_owned()),
+        None => Why::NoRule,
+    };
+    match decision.verdict {
+        Verdict::Allow => Answer::Allow(why),
+        Verdict::Deny => Answer::Deny(why),
+        Verdict::WouldDeny => Answer::WouldDeny(why),
+    }
 }
 
 /// Judges one flow.
@@ -104,7 +126,7 @@ impl World<'_> {
                 None => self.policies.egress_policies.is_empty() || sees("default", entry),
             };
             if seen {
-                found.extend(in_entry(entry, asked));
+                found.extend(in_entry(entry, asked, &self.context.names));
             }
         }
         let default = self.context.node_default;
@@ -128,12 +150,12 @@ impl World<'_> {
                     namespace && service.name.as_ref().is_none_or(|name| **name == *entry.object.name)
                 });
                 if sees(own, entry) && (named || nobody_names_services) {
-                    found.extend(in_entry(entry, asked));
+                    found.extend(in_entry(entry, asked, &self.context.names));
                 }
             }
             for (is_allow, field, rules) in [(false, "deny", &policy.deny), (true, "allow", &policy.allow)] {
                 for (index, rule) in rules.iter().enumerate() {
-                    if in_rule(rule, asked) {
+                    if in_rule(rule, asked, &self.context.names) {
                         let place = format!("{field}[{index}]");
                         found.push((is_allow, None, Some(policy.object.clone()), index, place));
                     }
@@ -178,29 +200,51 @@ fn sees(namespace: &str, entry: &ServiceEntry) -> bool {
     }
 }
 
-fn in_entry(entry: &ServiceEntry, asked: Question) -> Vec<Found> {
+fn in_entry(entry: &ServiceEntry, asked: Question, names: &Names) -> Vec<Found> {
+    let by_name = match entry.resolution {
+        Resolution::None => entry.addresses.is_empty(),
+        Resolution::Static => false,
+        Resolution::Dns | Resolution::DnsRoundRobin | Resolution::DynamicDns => true,
+    };
+    let at_address = entry.addresses.iter().any(|net| holds(*net, asked.address))
+        || by_name && entry.hosts.iter().any(|host| resolves_to(host, asked.address, names));
     let mut found = Vec::new();
     for (index, port) in entry.ports.iter().enumerate() {
-        let by_address = entry.addresses.iter().any(|net| holds(*net, asked.address)) && port.number == asked.port;
         let by_endpoint = entry.resolution != Resolution::None
             && entry.endpoints.iter().any(|endpoint| {
                 let number = endpoint.ports.get(&port.name).copied().or(port.target_port).unwrap_or(port.number);
-                endpoint.address == EndpointAddress::Ip(asked.address) && number == asked.port
+                let at_endpoint = match &endpoint.address {
+                    EndpointAddress::Ip(address) => *address == asked.address,
+                    EndpointAddress::Host(name) => resolves_to(&HostPattern::Exact(name.clone()), asked.address, names),
+                    EndpointAddress::Unix(_) | EndpointAddress::Gateway => false,
+                };
+                at_endpoint && number == asked.port
             });
-        if port.l4 == asked.l4 && (by_address || by_endpoint) {
+        if port.l4 == asked.l4 && (at_address && port.number == asked.port || by_endpoint) {
             found.push((true, None, Some(entry.object.clone()), index, format!("ports[{index}]")));
         }
     }
     found
 }
 
-fn in_rule(rule: &Rule, asked: Question) -> bool {
+fn resolves_to(host: &HostPattern, address: IpAddr, names: &Names) -> bool {
+    names.0.iter().any(|(name, addresses)| {
+        let is_meant = match host {
+            HostPattern::Exact(exact) => name == exact,
+            HostPattern::Below(suffix) => name.ends_with(&format!(".{suffix}")),
+            HostPattern::Ending(end) => name.ends_with(end.as_str()),
+        };
+        is_meant && addresses.iter().any(|&known| inner(known) == address)
+    })
+}
+
+fn in_rule(rule: &Rule, asked: Question, names: &Names) -> bool {
     let to = rule.to.as_ref().is_none_or(|peers| {
         peers.iter().any(|peer| match peer {
             Peer::Cidr { cidr, except } => {
                 holds(*cidr, asked.address) && !except.iter().any(|net| holds(*net, asked.address))
             }
-            Peer::Host(_) => false,
+            Peer::Host(host) => resolves_to(host, asked.address, names),
         })
     });
     let ports = rule.ports.as_ref().is_none_or(|ranges| {

@@ -6,22 +6,26 @@ use std::net::IpAddr;
 
 use egress_agent::{
     compile::{Context, NodeAction, NodeDefault, compile},
+    explain::{Destination, Explainer},
     policy::{PolicySet, load::load_text},
     workload::Workload,
 };
 use egress_tests::{
     generate,
-    reference::{ask, judge},
+    reference::{Question, ask, judge},
 };
 use proptest::{collection::vec, prelude::*, sample::select};
 
 fn context() -> impl Strategy<Value = Context> {
     let action = select(&[NodeAction::Deny, NodeAction::Allow, NodeAction::Audit][..]);
     let servers = vec(select(&["10.1.2.3", "2001:db8::1", "::ffff:192.0.2.1", "127.0.0.53"][..]), 0..3);
-    (action, any::<bool>(), any::<bool>(), servers).prop_map(|(action, loopback, dns, servers)| Context {
-        node_default: NodeDefault { action, loopback, dns },
-        system_resolvers: servers.into_iter().map(|text| text.parse::<IpAddr>().unwrap()).collect(),
-    })
+    (action, any::<bool>(), any::<bool>(), servers, generate::names()).prop_map(
+        |(action, loopback, dns, servers, names)| Context {
+            node_default: NodeDefault { action, loopback, dns },
+            system_resolvers: servers.into_iter().map(|text| text.parse::<IpAddr>().unwrap()).collect(),
+            names,
+        },
+    )
 }
 
 fn parse(documents: &[serde_json::Value]) -> PolicySet {
@@ -31,19 +35,24 @@ fn parse(documents: &[serde_json::Value]) -> PolicySet {
     loaded.policies
 }
 
+/// Documents, and flows about them.
+fn documents_and_flows() -> impl Strategy<Value = (Vec<serde_json::Value>, Vec<Question>)> {
+    generate::documents(true).prop_flat_map(|documents| {
+        let flows = vec(generate::question_about(&parse(&documents)), 60);
+        (Just(documents), flows)
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn service_entries_decide_as_the_reference_says(
-        (policies, flows) in generate::service_entries().prop_flat_map(|documents| {
-            let policies = parse(&documents);
-            let flows = vec(generate::question_about(&policies), 100);
-            (Just(policies), flows)
-        }),
+    fn documents_decide_as_the_reference_says(
+        (documents, flows) in documents_and_flows(),
+        workload in generate::workload(),
         context in context(),
     ) {
-        let workload = Workload::default();
+        let policies = parse(&documents);
         let ruleset = compile(&policies, &workload, &context);
         for asked in flows {
             let expected = judge(&policies, &workload, &context, asked);
@@ -52,8 +61,49 @@ proptest! {
     }
 
     #[test]
+    fn what_explain_says_would_allow_a_flow_allows_it(
+        (documents, flows) in documents_and_flows(),
+        workload in generate::workload(),
+        context in context(),
+    ) {
+        let policies = parse(&documents);
+        for asked in flows.into_iter().take(10) {
+            let to = Destination { address: asked.address, port: asked.port, protocol: asked.l4, host: None };
+            let explanation = Explainer::new(&policies, workload.clone(), &context).explain(&to);
+            let refused_by_default = explanation.verdict == "deny" && explanation.rule.is_none() && to.port != 0;
+            prop_assert_eq!(explanation.to_allow.is_some(), refused_by_default);
+            let Some(document) = explanation.to_allow else { continue };
+            let more = load_text("more.yaml", &document);
+            prop_assert!(!more.has_errors(), "{}\n{:#?}", document, more.findings);
+            let mut with = policies.clone();
+            with.service_entries.extend(more.policies.service_entries);
+            with.egress_policies.extend(more.policies.egress_policies);
+            let answer = Explainer::new(&with, workload.clone(), &context).answer(&to);
+            prop_assert_ne!(answer.verdict, "deny", "{:?} after adding\n{}", asked, document);
+        }
+    }
+
+    #[test]
+    fn explain_lists_each_rule_that_covers_the_destination_once(
+        (documents, flows) in documents_and_flows(),
+        workload in generate::workload(),
+        context in context(),
+    ) {
+        let policies = parse(&documents);
+        let explainer = Explainer::new(&policies, workload, &context);
+        for asked in flows.into_iter().take(10) {
+            let to = Destination { address: asked.address, port: asked.port, protocol: asked.l4, host: None };
+            let explanation = explainer.explain(&to);
+            let others: Vec<_> = explanation.other_rules.iter().flatten().map(|other| &other.rule).collect();
+            let distinct: std::collections::BTreeSet<_> = others.iter().collect();
+            prop_assert_eq!(distinct.len(), others.len());
+            prop_assert!(!explanation.rule.iter().any(|rule| others.contains(&rule)));
+        }
+    }
+
+    #[test]
     fn the_order_of_documents_does_not_matter(
-        documents in generate::service_entries().prop_shuffle_pair(),
+        documents in generate::documents(false).prop_shuffle_pair(),
         context in context(),
     ) {
         let (one, other) = documents;

@@ -6,7 +6,7 @@
 use std::{fs, net::SocketAddr};
 
 use egress_agent::{
-    compile::{Context, NodeAction, NodeDefault},
+    compile::{Context, Names, NodeAction, NodeDefault},
     policy::{L4, load::load_text},
     workload::Workload,
 };
@@ -57,12 +57,16 @@ fn the_kernel_decides_as_the_reference_says() {
     let mut agent = Agent::start(directory.path(), &cgroup, &["--no-dns"]).unwrap();
     let mut dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
     let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: false };
-    let context = Context { node_default, system_resolvers: Vec::new() };
+    let context = Context { node_default, system_resolvers: Vec::new(), names: Names::default() };
     let mut runner = runner();
-    let (mut refused, mut calls) = (0, 0);
+    let (mut refused, mut audited, mut calls) = (0, 0, 0_u64);
     for round in 1..=POLICIES {
-        let entries: Vec<Value> = (0..4).map(|index| pick(&mut runner, generate::service_entry(index))).collect();
-        let text = generate::file(&entries);
+        let mut documents: Vec<Value> = (0..4).map(|index| pick(&mut runner, generate::service_entry(index))).collect();
+        documents.extend((0..round % 4).map(|index| {
+            // The running agent cannot select workloads yet, so each policy speaks for all.
+            pick(&mut runner, generate::egress_policy(index.try_into().unwrap(), false))
+        }));
+        let text = generate::file(&documents);
         fs::write(directory.path().join("policy.yaml"), &text).unwrap();
         agent.wait_for(&format!("policy applied generation={} ", round + 1)).unwrap();
         let policies = load_text("policy.yaml", &text).policies;
@@ -70,27 +74,33 @@ fn the_kernel_decides_as_the_reference_says() {
         for _ in 0..CALLS {
             let asked = pick(&mut runner, &questions);
             let Some(call) = call(&mut runner, asked) else { continue };
-            let why = match judge(&policies, &Workload::default(), &context, asked) {
-                Answer::Deny(why) => Some(why),
-                Answer::Allow(_) | Answer::WouldDeny(_) => None,
-            };
-            assert_eq!(dialer.is_refused(&call).unwrap(), why.is_some(), "{call} under\n{text}");
-            if let Some(why) = why {
-                check_denial(&agent.denial().unwrap(), asked, &why, dialer.pid());
-                refused += 1;
+            let answer = judge(&policies, &Workload::default(), &context, asked);
+            let is_refused = matches!(answer, Answer::Deny(_));
+            assert_eq!(dialer.is_refused(&call).unwrap(), is_refused, "{call} under\n{text}");
+            match &answer {
+                Answer::Allow(_) => {}
+                Answer::Deny(why) => check_denial(&agent.denial().unwrap(), "deny", asked, why, dialer.pid()),
+                Answer::WouldDeny(why) => {
+                    check_denial(&agent.denial().unwrap(), "would_deny", asked, why, dialer.pid())
+                }
             }
+            refused += u64::from(is_refused);
+            audited += u64::from(matches!(answer, Answer::WouldDeny(_)));
             calls += 1;
         }
     }
     let (status, denials, log) = agent.stop().unwrap();
     assert_eq!((status.code(), denials.len()), (Some(0), 0), "{log:#?}");
     assert!(refused > calls / 5 && refused < calls * 4 / 5, "{refused} of {calls} refused: the flows are one-sided");
-    println!("{calls} calls under {POLICIES} policies, {refused} refused");
+    assert!(audited > 100, "{audited} calls tell nothing about Audit");
+    println!("{calls} calls under {POLICIES} policies, {refused} refused, {audited} only reported");
 }
 
-fn check_denial(denial: &Value, asked: Question, why: &Why, pid: u32) {
+fn check_denial(denial: &Value, verdict: &str, asked: Question, why: &Why, pid: u32) {
     let canonical = asked.address.to_canonical().to_string();
     assert_eq!(denial["destination"]["address"], canonical.as_str(), "{denial}");
+    assert_eq!(denial["verdict"], verdict, "{denial}");
+    assert_eq!(denial.get("errno").is_some(), verdict == "deny", "{denial}");
     assert_eq!(denial["destination"]["port"], asked.port, "{denial}");
     assert_eq!(denial["process"]["pid"], pid, "{denial}");
     let (reason, place) = match why {

@@ -18,14 +18,14 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     policy::{
-        DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, L4, Mode, NamespaceRef,
-        ObjectName, Peer, PolicySet, PortRange, Resolution, Rule, RuleName, ServiceEntry, ServicePort, ServiceRef,
-        Toggle,
+        DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, HostPattern, L4, Mode,
+        NamespaceRef, ObjectName, Peer, PolicySet, PortRange, Resolution, Rule, RuleName, ServiceEntry, ServicePort,
+        ServiceRef, Toggle,
     },
     workload::{Workload, selects},
 };
 
-use super::{Block, Context, NodeAction, Part, Ports, Statement};
+use super::{Block, Context, Names, NodeAction, Part, Ports, Statement};
 
 /// What all policies of a view say together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,8 +70,12 @@ fn registry_only(policies: &PolicySet, workload: &Workload, context: &Context) -
     let host = policies.egress_policies.is_empty() && workload.pod.is_none();
     let namespace = workload.pod.as_ref().map_or("default", |pod| &pod.namespace);
     let visible = |entry: &&ServiceEntry| host || is_visible(entry, namespace);
-    let mut statements: Vec<Statement> =
-        policies.service_entries.iter().filter(visible).flat_map(service_statements).collect();
+    let mut statements: Vec<Statement> = policies
+        .service_entries
+        .iter()
+        .filter(visible)
+        .flat_map(|entry| service_statements(entry, &context.names))
+        .collect();
     statements.extend(context.node_default.loopback.then(loopback));
     statements.extend(context.node_default.dns.then(|| dns(&context.system_resolvers)));
     Combined { statements: ordered(statements), default: Action::Deny, policies: Vec::new() }
@@ -82,11 +86,10 @@ fn united(policies: &PolicySet, workload: &Workload, context: &Context, speaking
         .service_entries
         .iter()
         .filter(|entry| is_used(entry, workload, speaking))
-        .flat_map(service_statements)
+        .flat_map(|entry| service_statements(entry, &context.names))
         .collect();
     for policy in speaking {
-        statements.extend(rules(policy, "deny", Action::Deny, &policy.deny));
-        statements.extend(rules(policy, "allow", Action::Allow, &policy.allow));
+        statements.extend(policy_statements(policy, &context.names));
     }
     statements.extend(allows_loopback(speaking).then(loopback));
     let servers = dns_servers(speaking, &context.system_resolvers);
@@ -178,7 +181,7 @@ pub fn is_visible(entry: &ServiceEntry, namespace: &str) -> bool {
 }
 
 /// One statement for each port of an entry.
-pub fn service_statements(entry: &ServiceEntry) -> impl Iterator<Item = Statement> {
+pub fn service_statements(entry: &ServiceEntry, names: &Names) -> impl Iterator<Item = Statement> {
     entry.ports.iter().enumerate().map(|(index, port)| Statement {
         name: RuleName::Document {
             object: entry.object.clone(),
@@ -186,29 +189,56 @@ pub fn service_statements(entry: &ServiceEntry) -> impl Iterator<Item = Statemen
             at: port.at.clone(),
         },
         action: Action::Allow,
-        parts: service_parts(entry, port),
+        parts: service_parts(entry, port, names),
     })
 }
 
-/// What a client dials for a port: its number at the entry's addresses, and the endpoints' own ports at theirs.
-fn service_parts(entry: &ServiceEntry, port: &ServicePort) -> Vec<Part> {
-    let part =
-        |blocks: Vec<Block>, number| Part { blocks, ports: vec![Ports { l4: port.l4, low: number, high: number }] };
-    let addresses: Vec<Block> = entry.addresses.iter().map(|&net| net.into()).collect();
-    let own = (!addresses.is_empty()).then(|| part(addresses, port.number));
-    let endpoints: &[Endpoint] = match entry.resolution {
-        Resolution::None => &[],
-        Resolution::Static | Resolution::Dns | Resolution::DnsRoundRobin | Resolution::DynamicDns => &entry.endpoints,
-    };
-    let dialled = endpoints.iter().filter_map(|endpoint| match endpoint.address {
-        EndpointAddress::Ip(address) => Some(part(vec![address.into()], endpoint_port(endpoint, port))),
-        EndpointAddress::Host(_) | EndpointAddress::Unix(_) | EndpointAddress::Gateway => None,
-    });
-    own.into_iter().chain(dialled).collect()
+/// What a client dials for a port, without a proxy between: the union of
+/// 1. its number at the entry's addresses,
+/// 2. its number at the addresses of the entry's names, where Istio would resolve them or leave that to the client,
+/// 3. the endpoints' own ports at theirs.
+fn service_parts(entry: &ServiceEntry, port: &ServicePort, names: &Names) -> Vec<Part> {
+    let own = entry.addresses.iter().map(|&net| net.into());
+    let hosts: &[HostPattern] = if is_dialled_by_name(entry) { &entry.hosts } else { &[] };
+    let named = hosts.iter().flat_map(|host| names.addresses(host)).map(Block::from);
+    let mut parts = vec![part(own.chain(named).collect(), port, port.number)];
+    if entry.resolution != Resolution::None {
+        parts.extend(entry.endpoints.iter().map(|endpoint| {
+            let blocks = match &endpoint.address {
+                EndpointAddress::Ip(address) => vec![(*address).into()],
+                EndpointAddress::Host(name) => {
+                    names.addresses(&HostPattern::Exact(name.clone())).map(Block::from).collect()
+                }
+                EndpointAddress::Unix(_) | EndpointAddress::Gateway => Vec::new(),
+            };
+            part(blocks, port, endpoint_port(endpoint, port))
+        }));
+    }
+    parts.retain(|part| !part.blocks.is_empty());
+    parts
+}
+
+/// Whether clients reach an entry at whatever its names resolve to.
+pub fn is_dialled_by_name(entry: &ServiceEntry) -> bool {
+    match entry.resolution {
+        Resolution::None => entry.addresses.is_empty(),
+        Resolution::Static => false,
+        Resolution::Dns | Resolution::DnsRoundRobin | Resolution::DynamicDns => true,
+    }
+}
+
+fn part(blocks: Vec<Block>, port: &ServicePort, number: u16) -> Part {
+    Part { blocks, ports: vec![Ports { l4: port.l4, low: number, high: number }] }
 }
 
 fn endpoint_port(endpoint: &Endpoint, port: &ServicePort) -> u16 {
     endpoint.ports.get(&port.name).copied().or(port.target_port).unwrap_or(port.number)
+}
+
+/// One statement for each rule of a policy.
+pub fn policy_statements<'a>(policy: &'a EgressPolicy, names: &'a Names) -> impl Iterator<Item = Statement> + 'a {
+    let denies = rules(policy, "deny", Action::Deny, &policy.deny, names);
+    denies.chain(rules(policy, "allow", Action::Allow, &policy.allow, names))
 }
 
 fn rules<'a>(
@@ -216,6 +246,7 @@ fn rules<'a>(
     field: &'a str,
     action: Action,
     rules: &'a [Rule],
+    names: &'a Names,
 ) -> impl Iterator<Item = Statement> {
     rules.iter().enumerate().map(move |(index, rule)| Statement {
         name: RuleName::Document {
@@ -224,20 +255,18 @@ fn rules<'a>(
             at: rule.at.clone(),
         },
         action,
-        parts: vec![Part { blocks: blocks(rule.to.as_deref()), ports: ports(rule.ports.as_deref()) }],
+        parts: vec![Part { blocks: blocks(rule.to.as_deref(), names), ports: ports(rule.ports.as_deref()) }],
     })
 }
 
-/// An absent `to` is every address of both families. A host has addresses only once it is resolved.
-fn blocks(to: Option<&[Peer]>) -> Vec<Block> {
+/// An absent `to` is every address of both families. A host has the addresses that are known of it.
+fn blocks(to: Option<&[Peer]>, names: &Names) -> Vec<Block> {
     let Some(peers) = to else { return every_address() };
-    peers
-        .iter()
-        .filter_map(|peer| match peer {
-            Peer::Cidr { cidr, except } => Some(Block { cidr: *cidr, except: except.clone() }),
-            Peer::Host(_) => None,
-        })
-        .collect()
+    let of_peer = |peer: &Peer| match peer {
+        Peer::Cidr { cidr, except } => vec![Block { cidr: *cidr, except: except.clone() }],
+        Peer::Host(pattern) => names.addresses(pattern).map(Block::from).collect(),
+    };
+    peers.iter().flat_map(of_peer).collect()
 }
 
 fn every_address() -> Vec<Block> {

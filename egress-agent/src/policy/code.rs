@@ -222,6 +222,8 @@ codes! {
     /// A policy limits its workloads to some services, so it is expected that namespaces are kept apart; this entry is
     /// exported to all of them and usable by every workload that no such policy selects.
     ExportedToAll = "W0111", "an entry is exported to all while policies keep namespaces apart";
+    /// With `check --resolve`: the names of the entry were looked up, and none of them has an address now.
+    DoesNotResolve = "W0112", "no name of an entry resolves";
 
     /// A rule without `to`, with `0.0.0.0/0` or `::/0`, or `defaultAction: Allow`.
     AllowsAnyAddress = "W0201", "a rule that opens every address";
@@ -235,9 +237,12 @@ codes! {
     MetadataReachable = "W0205", "the cloud's metadata service is reachable";
     /// Audit policies report and refuse nothing. Where no policy enforces, the node's default alone decides.
     AuditOnly = "W0206", "no policy enforces";
+    /// The field is part of the language, and this version of the agent refuses to enforce a policy that depends on it.
+    NotEnforcedYet = "W0207", "a policy that this version does not enforce";
 
     /// Objects of other kinds carry no egress rules.
-    Skipped = "N0001", "a document of another kind is skipped";    /// Only the first 1,000 warnings and notes of a file are listed.
+    Skipped = "N0001", "a document of another kind is skipped";
+    /// Only the first 1,000 warnings and notes of a file are listed.
     TooManyNotes = "N0002", "too many warnings and notes";
 
     /// The endpoints are pods or `WorkloadEntry` objects, which only the Kubernetes API knows.

@@ -8,12 +8,12 @@ use std::{
     str::Chars,
 };
 
-use saphyr_parser::{BufferedInput, Event, Parser, ScalarStyle, ScanError, Tag};
+use saphyr_parser::{BufferedInput, Event, Marker, Parser, ScalarStyle, ScanError, Tag};
 
 use super::{
     Document, Entry, MAX_ALIASED, MAX_DEPTH, MAX_NODES, MAX_TOKEN, Node, Problem, Scalar, ScalarKind, Span, Value,
     complaints::{Tabbed, explain, indented_with_tabs, tab},
-    count, lines, unique,
+    count, end_of, lines, unique,
 };
 use crate::policy::code::Code;
 
@@ -23,6 +23,8 @@ pub(super) struct Documents<'t> {
     text: &'t str,
     /// Lines before `text`.
     base: u32,
+    /// Behind the last character.
+    end: Span,
     parser: Option<Parser<'t, BufferedInput<Feed<'t>>>>,
     meter: Rc<Meter>,
     aliased: usize,
@@ -32,8 +34,15 @@ pub(super) struct Documents<'t> {
 
 impl<'t> Documents<'t> {
     pub(super) fn new(text: &'t str) -> Self {
-        let mut documents =
-            Self { text, base: 0, parser: None, meter: Rc::default(), aliased: 0, tabs: indented_with_tabs(text) };
+        let mut documents = Self {
+            text,
+            base: 0,
+            end: end_of(text),
+            parser: None,
+            meter: Rc::default(),
+            aliased: 0,
+            tabs: indented_with_tabs(text),
+        };
         documents.start(text, 0);
         documents
     }
@@ -64,23 +73,22 @@ impl<'t> Documents<'t> {
             Ok((_, span)) if cut => Err(too_long(self.span(span))),
             Err(error) if cut => Err(too_long(self.mark(&error))),
             Ok((event, span)) => Ok(Some((event, self.span(span)))),
-            Err(error) => Err(explain(&error, self.mark(&error), self.text)),
+            Err(error) => Err(explain(&error, self.mark(&error), self.text, self.base)),
         }
     }
 
     fn span(&self, span: saphyr_parser::Span) -> Span {
-        let line = count(span.start.line()).saturating_add(self.base);
-        Span { line, column: count(span.start.col() + 1), length: count(span.len()) }
+        Span { length: count(span.len()), ..self.place(&span.start) }
     }
 
     fn mark(&self, error: &ScanError) -> Span {
-        let mark = error.marker();
-        let mut span = Span { line: count(mark.line().max(1)), column: count(mark.col() + 1), length: 1 };
-        // The parser takes the end of a text for the begin of another line, also where the last one has no end.
-        if mark.col() == 0 && self.text.chars().nth(mark.index()).is_none() {
-            span = end_of(self.text);
-        }
-        Span { line: span.line.saturating_add(self.base), ..span }
+        Span { length: 1, ..self.place(error.marker()) }
+    }
+
+    /// The parser takes the end of a text for the begin of another line, also where the last line has no end.
+    fn place(&self, mark: &Marker) -> Span {
+        let line = count(mark.line().max(1)).saturating_add(self.base);
+        if line > self.end.line { self.end } else { Span { line, column: count(mark.col() + 1), length: 0 } }
     }
 
     /// The parser lets some tabs pass; how deep they indent is anyone's guess.

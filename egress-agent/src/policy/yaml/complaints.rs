@@ -66,12 +66,11 @@ const COMPLAINTS: [(&str, &str, &str); 9] = [
     ("'-' indicator", "a list that goes on as something else", "items of one list begin with `- ` in the same column"),
 ];
 
-/// The parser's complaint in words that say what to do.
-pub(super) fn explain(error: &ScanError, span: Span, text: &str) -> Problem {
+/// The parser's complaint in words that say what to do. `text` is what the parser was given, after `base` lines.
+pub(super) fn explain(error: &ScanError, span: Span, text: &str, base: u32) -> Problem {
     let info = error.info();
     if let Some(at) = tab_near(error, text) {
-        let span = Span { line: span.line - count(error.marker().line()) + at.line, ..at };
-        return tab(span);
+        return tab(Span { line: at.line.saturating_add(base), ..at });
     }
     if info.contains("unknown anchor") {
         let message = "a value that begins with `*` is an alias, and nothing has that anchor";
