@@ -14,7 +14,7 @@ use crate::{
         Block, Context, Part, Statement, assemble,
         combine::{Combined, combine, policy_statements, service_statements},
     },
-    policy::{EgressPolicy, L4, Mode, ObjectName, PolicySet, RuleName, write},
+    policy::{EgressPolicy, L4, Mode, ObjectName, PolicySet, RuleName, diagnostic::printable, write},
     prefix::Prefix,
     ruleset::Ruleset,
     workload::{Workload, selects},
@@ -288,7 +288,9 @@ impl std::fmt::Display for Explanation {
 
 fn located(rule: &RuleName) -> String {
     match rule {
-        RuleName::Document { at, .. } => format!("{rule} ({}:{})", at.file.display(), at.line),
+        RuleName::Document { at, .. } => {
+            format!("{rule} ({}:{})", printable(&at.file.to_string_lossy()), at.line)
+        }
         RuleName::Builtin(_) => rule.to_string(),
     }
 }

@@ -96,6 +96,7 @@ fn export_to() -> impl Strategy<Value = Option<Value>> {
         4 => Just(None),
         1 => Just(Some(json!(["."]))),
         1 => Just(Some(json!(["*"]))),
+        1 => Just(Some(json!(["~"]))),
         1 => Just(Some(json!(["shop"]))),
     ]
 }

@@ -244,3 +244,53 @@ fn join_siblings(contents: Vec<(Prefix, u32)>) -> Vec<(Prefix, u32)> {
     }
     slots.into_iter().flatten().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        compile::{Block, Part},
+        policy::{L4, RuleName},
+        ruleset::rule_id,
+    };
+
+    /// What the trie of one allow for `prefixes`, on TCP port 80, holds.
+    fn kept(prefixes: &[(&str, &[&str])]) -> Vec<String> {
+        let net = |text: &&str| text.parse().unwrap();
+        let block =
+            |(cidr, except): &(&str, &[&str])| Block { cidr: net(cidr), except: except.iter().map(net).collect() };
+        let ports = vec![Ports { l4: L4::Tcp, low: 80, high: 80 }];
+        let parts = vec![Part { blocks: prefixes.iter().map(block).collect(), ports }];
+        let statement = Statement { name: RuleName::Builtin("x"), action: Action::Allow, parts };
+        let table = flatten(&[statement], &[rule_id(0)], Action::Deny);
+        table.entries().map(|(prefix, value)| format!("{prefix} {value}")).collect()
+    }
+
+    #[test]
+    fn the_roots_are_always_there() {
+        assert_eq!(kept(&[]), ["::/0 0", "0.0.0.0/0 0"]);
+        assert_eq!(kept(&[("0.0.0.0/0", &[]), ("::/0", &[])]), ["::/0 0", "0.0.0.0/0 0"]);
+        assert_eq!(kept(&[("0.0.0.0/1", &[]), ("128.0.0.0/1", &[])]), ["::/0 0", "0.0.0.0/0 1"]);
+        assert_eq!(kept(&[("::/1", &[]), ("8000::/1", &[])]), ["::/0 1", "0.0.0.0/0 0"]);
+    }
+
+    #[test]
+    fn equal_halves_become_the_whole_at_every_level() {
+        let quarters: Vec<(&str, &[&str])> =
+            ["10.0.0.0/10", "10.64.0.0/10", "10.128.0.0/10", "10.192.0.0/10"].map(|net| (net, &[][..])).into();
+        assert_eq!(kept(&quarters), ["::/0 0", "0.0.0.0/0 0", "10.0.0.0/8 1"]);
+    }
+
+    #[test]
+    fn a_prefix_that_adds_nothing_is_dropped() {
+        assert_eq!(kept(&[("10.0.0.0/8", &[]), ("10.1.0.0/16", &[])]), ["::/0 0", "0.0.0.0/0 0", "10.0.0.0/8 1"]);
+    }
+
+    #[test]
+    fn an_exception_is_a_hole_for_its_own_block_only() {
+        let holes = kept(&[("10.0.0.0/8", &["10.1.0.0/16"])]);
+        assert_eq!(holes, ["::/0 0", "0.0.0.0/0 0", "10.0.0.0/8 1", "10.1.0.0/16 0"]);
+        let filled = kept(&[("10.0.0.0/8", &["10.1.0.0/16"]), ("10.1.2.0/24", &[])]);
+        assert_eq!(filled, ["::/0 0", "0.0.0.0/0 0", "10.0.0.0/8 1", "10.1.0.0/16 0", "10.1.2.0/24 1"]);
+    }
+}
