@@ -71,7 +71,7 @@ fn is_tidy(table: &Table) {
     let roots = [Prefix::V6_ROOT, Prefix::V4_ROOT];
     assert!(roots.iter().all(|root| values.contains_key(root)), "no root in {table:?}");
     let mut open: Vec<(Prefix, u32)> = Vec::new();
-    for (&prefix, &value) in values.iter() {
+    for (&prefix, &value) in &values {
         while open.pop_if(|(top, _)| !top.covers(prefix)).is_some() {}
         let around = open.last().map(|&(_, around)| around);
         let other_half = prefix.sibling().filter(|half| !roots.contains(half)).and_then(|half| values.get(&half));

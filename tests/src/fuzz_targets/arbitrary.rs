@@ -1,5 +1,5 @@
 //! Policies from bytes, as valid as those that were read from text, and made to collide: few addresses, few ports, few
-//! names. Bytes of zero make the smallest choice, and where the bytes end, zeros follow.
+//! names. Where the bytes end, zeros follow.
 
 use std::{
     collections::BTreeMap,
