@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::fstatfs;
+use rustix::fs::statfs;
 use thiserror::Error;
 
 /// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
@@ -101,35 +101,42 @@ fn unescape(field: &[u8]) -> PathBuf {
 pub struct Cgroup {
     /// The open directory.
     pub directory: File,
+    /// The inode number of the directory.
+    pub id: u64,
     /// Its path from the root of the hierarchy, with a leading slash.
     pub path: PathBuf,
 }
 
 impl Cgroup {
-    /// Opens the cgroup a user means: a directory of the cgroup2 file system, or a path below its mount.
+    /// Opens the cgroup a user means: a directory of the cgroup2 file system, or a path below its mount. A directory of
+    /// another file system hides no cgroup of the same name; `/`, which is one, means the mount itself.
     pub fn open(given: &Path, mount: &Path) -> Result<Self, CgroupError> {
         let below = mount.join(given.strip_prefix("/").unwrap_or(given));
-        let path = [given, &below].into_iter().find(|path| path.is_dir());
-        let not_found = || CgroupError::NotFound { given: given.to_owned(), below: below.clone() };
-        let path = path.ok_or_else(not_found)?.to_owned();
-        let open = |cause| CgroupError::Open { path: path.clone(), cause };
-        let directory = File::open(&path).map_err(open)?;
-        let system = fstatfs(&directory).map_err(|errno| open(errno.into()))?;
-        let not_cgroup2 = || CgroupError::NotCgroup2 { path: given.to_owned(), mount: mount.to_owned() };
-        if u64::try_from(system.f_type) != Ok(CGROUP2_SUPER_MAGIC) {
-            return Err(not_cgroup2());
+        let directories = || [given, &below].into_iter().filter(|path| path.is_dir());
+        if directories().next().is_none() {
+            return Err(CgroupError::NotFound { given: given.to_owned(), below });
         }
-        let canonical = fs::canonicalize(&path).map_err(open)?;
+        let not_cgroup2 = || CgroupError::NotCgroup2 { path: given.to_owned(), mount: mount.to_owned() };
+        let path = directories().find(|path| is_on_cgroup2(path)).ok_or_else(not_cgroup2)?;
+        let open = |cause| CgroupError::Open { path: path.to_owned(), cause };
+        let directory = File::open(path).map_err(open)?;
+        let canonical = fs::canonicalize(path).map_err(open)?;
         let below = canonical.strip_prefix(mount).map_err(|_| not_cgroup2())?;
-        Ok(Self { directory, path: Path::new("/").join(below) })
+        let id = directory.metadata().map_err(open)?.ino();
+        Ok(Self { directory, id, path: Path::new("/").join(below) })
     }
+}
+
+fn is_on_cgroup2(path: &Path) -> bool {
+    statfs(path).is_ok_and(|system| u64::try_from(system.f_type) == Ok(CGROUP2_SUPER_MAGIC))
 }
 
 /// Finds the path of a cgroup by its id, which is the inode number of its directory.
 #[derive(Debug)]
 pub struct CgroupPaths {
     mount: PathBuf,
-    known: HashMap<u64, PathBuf>,
+    /// `None` for those that were gone.
+    known: HashMap<u64, Option<PathBuf>>,
 }
 
 impl CgroupPaths {
@@ -139,15 +146,17 @@ impl CgroupPaths {
     }
 
     /// The path from the root of the hierarchy. `pid` is a process that was in the cgroup: its own entry in `/proc`
-    /// saves a walk over the whole tree. `None` once the cgroup is gone, unless it was seen before.
-    pub fn path(&mut self, id: u64, pid: u32) -> Option<&Path> {
+    /// saves a walk over the whole tree. `None` if the cgroup was gone before it was looked for.
+    pub fn path(&mut self, id: u64, pid: Option<u32>) -> Option<&Path> {
         if !self.known.contains_key(&id) {
-            match self.of_process(id, pid) {
-                Some(path) => drop(self.known.insert(id, path)),
+            match pid.and_then(|pid| self.of_process(id, pid)) {
+                Some(path) => drop(self.known.insert(id, Some(path))),
                 None => self.walk(),
             }
+            // A cgroup that is gone is not looked for again.
+            self.known.entry(id).or_insert(None);
         }
-        self.known.get(&id).map(PathBuf::as_path)
+        self.known.get(&id)?.as_deref()
     }
 
     fn of_process(&self, id: u64, pid: u32) -> Option<PathBuf> {
@@ -169,7 +178,7 @@ impl CgroupPaths {
             let children = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
             todo.extend(children.map(|entry| entry.path()));
             let below = directory.strip_prefix(&self.mount).unwrap_or(&directory);
-            known.insert(meta.ino(), Path::new("/").join(below));
+            known.insert(meta.ino(), Some(Path::new("/").join(below)));
         }
         self.known = known;
     }
@@ -214,6 +223,17 @@ mod tests {
     fn blanks_in_a_mount_point_are_unescaped() {
         assert_eq!(mount_point_in(b"1 2 0:3 / /a\\040b rw - cgroup2 x rw"), Some("/a b".into()));
         assert_eq!(unescape(b"\\9"), PathBuf::from("\\9"));
+    }
+
+    #[test]
+    fn a_directory_elsewhere_does_not_hide_the_cgroup_of_its_name() {
+        let mount = mount_point().unwrap();
+        // `/` is a directory of another file system, as any of a cgroup's name in the working directory may be.
+        assert_eq!(Cgroup::open(Path::new("/"), &mount).unwrap().path, Path::new("/"));
+        assert_eq!(Cgroup::open(&mount, &mount).unwrap().path, Path::new("/"));
+        let open = |path: &str| Cgroup::open(Path::new(path), &mount);
+        assert!(matches!(open("/proc/self"), Err(CgroupError::NotCgroup2 { .. })));
+        assert!(matches!(open("/no/such/cgroup"), Err(CgroupError::NotFound { .. })));
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 use std::{
     collections::HashMap,
-    fs,
-    io::{self, Write},
+    fs::{self, File},
+    io::{self, Read as _, Write},
     net::ToSocketAddrs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -20,7 +20,7 @@ use crate::{
         diagnostic::{Color, Finding, Severity, render},
         egress_policy::unbuilt::unsupported,
         lint::lint,
-        load::{LoadError, LoadOptions, Loaded, load},
+        load::{LoadError, LoadOptions, Loaded, MAX_FILE, load},
         yaml::Span,
     },
 };
@@ -78,18 +78,20 @@ impl Report {
                 writeln!(out)
             }
             Output::Text => {
-                for finding in &self.findings {
-                    writeln!(out, "{}", render(finding, self.source(finding).as_deref(), color))?;
+                for of_file in self.findings.chunk_by(|a, b| a.file == b.file) {
+                    let source = self.source(&of_file[0].file);
+                    for finding in of_file {
+                        writeln!(out, "{}", render(finding, source.as_deref(), color))?;
+                    }
                 }
                 writeln!(out, "{}", self.summary())
             }
         }
     }
 
-    /// The text of the file that a finding is about.
-    fn source(&self, finding: &Finding) -> Option<Arc<str>> {
-        let read = || fs::read_to_string(&finding.file).ok().map(Arc::from);
-        self.sources.get(&finding.file).cloned().or_else(read)
+    /// The text of a file that has findings.
+    fn source(&self, file: &Path) -> Option<Arc<str>> {
+        self.sources.get(file).cloned().or_else(|| read_again(file))
     }
 
     fn summary(&self) -> String {
@@ -103,6 +105,17 @@ impl Report {
             number(self.count(Severity::Note), "note"),
         )
     }
+}
+
+/// The text of a file whose findings came after it was read. Only regular files are the same the second time: a pipe may
+/// never have a writer again, and a device need not end.
+fn read_again(file: &Path) -> Option<Arc<str>> {
+    if !fs::metadata(file).ok()?.is_file() {
+        return None;
+    }
+    let mut text = String::new();
+    File::open(file).ok()?.take(MAX_FILE).read_to_string(&mut text).ok()?;
+    Some(text.into())
 }
 
 /// What is valid and probably not meant, and what this version cannot carry out.

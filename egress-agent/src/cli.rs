@@ -11,7 +11,7 @@ use crate::{compile::NodeAction, policy::L4};
 /// A workload may open connections only to destinations that a policy names. The kernel decides at `connect()` and
 /// `sendmsg()`: no proxy, no cost per packet. Whoever is refused gets `EPERM` at once, and each refusal is reported.
 #[derive(Debug, Parser)]
-#[command(name = "egress-agent", version, about, long_about, max_term_width = 100)]
+#[command(name = "egress-agent", version, about, long_about, max_term_width = 120)]
 pub struct Cli {
     /// What the agent says on stderr about its own work.
     #[arg(long, global = true, value_name = "LEVEL", env = "EGRESS_LOG", default_value = "info")]
@@ -125,7 +125,8 @@ The decision is made by the same code, over the same contents, as in the kernel.
 not given is not known, and selectors of that kind do not match it.
 
 Each line of --flows is {\"to\":\"IP:PORT\",\"protocol\":\"TCP\",\"namespace\":…,\"labels\":{…},\"cgroup\":…,\"unit\":…,\"user\":…},
-all but \"to\" optional; each is answered by one line, in the same order.
+all but \"to\" optional, and a name instead of IP if --resolve gives its addresses; each is answered by one line, in the same
+order. A name is denied if any of its addresses is.
 
 Exit status: 0 allowed or would be denied by Audit only, 1 denied, 2 could not run; with --flows 0 when all were answered.
 
@@ -143,7 +144,7 @@ pub struct ExplainArgs {
     /// Answer every line of a file, or of stdin (`-`).
     #[arg(long, value_name = "FILE")]
     pub flows: Option<PathBuf>,
-    /// TCP or UDP.
+    /// TCP or UDP; with --flows, that of the lines that name none.
     #[arg(long, visible_alias = "protocol", value_name = "PROTOCOL", default_value = "TCP", ignore_case = true)]
     pub proto: Proto,
     /// The workload is a pod of this namespace.

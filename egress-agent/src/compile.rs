@@ -14,13 +14,36 @@ use ipnet::IpNet;
 
 use crate::{
     policy::{HostPattern, L4, Mode, PolicySet, RuleName},
-    ruleset::{Ruleset, Table, rule_id},
+    ruleset::{Ruleset, rule_id},
     workload::Workload,
 };
 
 pub mod combine;
 pub mod flatten;
 mod ports;
+
+/// Why a policy was not compiled: refused as a whole, before anything of it is put in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CompileError {
+    /// Too many port ranges.
+    #[error(
+        "the policy needs more than {limit} port ranges, since too many rules with ports of their own overlap: merge their \
+         ports or their prefixes"
+    )]
+    TooManyRanges {
+        /// As many are allowed.
+        limit: usize,
+    },
+    /// Too many overlapping rules.
+    #[error(
+        "the policy has too many overlapping rules: all distinct sets of them together hold more than {limit}; merge rules \
+         or prefixes"
+    )]
+    TooManyOverlaps {
+        /// As many are allowed.
+        limit: usize,
+    },
+}
 
 /// What a ruleset depends on besides the documents.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,7 +144,7 @@ pub struct Ports {
 }
 
 /// Compiles what the policies say of one workload.
-pub fn compile(policies: &PolicySet, workload: &Workload, context: &Context) -> Ruleset {
+pub fn compile(policies: &PolicySet, workload: &Workload, context: &Context) -> Result<Ruleset, CompileError> {
     let view = |mode| combine::combine(policies, workload, context, mode);
     // The enforcing view always exists: where no policy enforces, the node default does.
     let enforcing = view(Mode::Enforce).unwrap_or_else(Combined::allow_any);
@@ -130,18 +153,18 @@ pub fn compile(policies: &PolicySet, workload: &Workload, context: &Context) -> 
 
 /// Flattens both views over one table of rule names, which is sorted as far as the names say and so the same for the
 /// same documents.
-pub(crate) fn assemble(enforcing: &Combined, with_audit: Option<&Combined>) -> Ruleset {
+pub(crate) fn assemble(enforcing: &Combined, with_audit: Option<&Combined>) -> Result<Ruleset, CompileError> {
     let all = enforcing.statements.iter().chain(with_audit.iter().flat_map(|combined| &combined.statements));
     let names: BTreeSet<&RuleName> = all.map(|statement| &statement.name).collect();
     let ids: HashMap<&RuleName, RuleId> =
         names.iter().enumerate().map(|(index, &name)| (name, rule_id(index))).collect();
-    let table = |combined: &Combined| -> Table {
+    let table = |combined: &Combined| {
         let ids: Vec<RuleId> = combined.statements.iter().map(|statement| ids[&statement.name]).collect();
         flatten::flatten(&combined.statements, &ids, combined.default)
     };
-    Ruleset {
-        enforcing: table(enforcing),
-        with_audit: with_audit.map(table),
+    Ok(Ruleset {
+        enforcing: table(enforcing)?,
+        with_audit: with_audit.map(table).transpose()?,
         rules: names.into_iter().cloned().collect(),
-    }
+    })
 }

@@ -129,6 +129,8 @@ pub struct Dataplane {
     generation: u64,
     /// For each view, which of its two slots in `SEGMENTS` the trie in force points to.
     in_use: [u32; 2],
+    /// The view with Audit was filled before.
+    audited: bool,
     rules: RuleIds,
 }
 
@@ -192,6 +194,7 @@ impl Dataplane {
             _pins: pins,
             generation: 0,
             in_use: [0; 2],
+            audited: false,
             rules: RuleIds::default(),
         })
     }
@@ -202,7 +205,8 @@ impl Dataplane {
         let ids = self.rules.assign(&ruleset.rules);
         let open = Table::allow_any();
         let with_audit = egress_common::Scope::DEFAULT.with_audit();
-        let closed_view = ruleset.with_audit.is_none().then_some((with_audit, &open));
+        // A view that was never filled is not asked. Once filled, it is closed by one in which everything is allowed.
+        let closed_view = (self.audited && ruleset.with_audit.is_none()).then_some((with_audit, &open));
         let mut applied = Applied { generation, rules: ruleset.rules.len(), prefixes: 0, segments: 0 };
         let mut ready = Vec::new();
         for (view, table) in ruleset.views().chain(closed_view) {
@@ -220,7 +224,8 @@ impl Dataplane {
             self.in_use[view.index() as usize] = *turn;
         }
         self.generation = generation;
-        self.rules.retire();
+        self.audited |= ruleset.with_audit.is_some();
+        self.rules.retire(ids);
         Ok(applied)
     }
 
@@ -401,7 +406,7 @@ impl RuleIds {
     /// The ids of `rules`, in their order.
     fn assign(&mut self, rules: &[RuleName]) -> Vec<RuleId> {
         let mut names = self.names.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let ids: Vec<RuleId> = rules
+        rules
             .iter()
             .map(|rule| {
                 let id = *self.ids.entry(rule.clone()).or_insert_with(|| {
@@ -411,13 +416,12 @@ impl RuleIds {
                 names.entry(id).or_insert_with(|| rule.clone());
                 id
             })
-            .collect();
-        self.previous = std::mem::replace(&mut self.current, ids.clone());
-        ids
+            .collect()
     }
 
-    /// Forgets the rules that neither the policy in force nor the one before it names.
-    fn retire(&mut self) {
+    /// The rules of `ids` are in force. Forgets those that neither they nor the ones before them name.
+    fn retire(&mut self, ids: Vec<RuleId>) {
+        self.previous = std::mem::replace(&mut self.current, ids);
         let keep: std::collections::HashSet<RuleId> = self.current.iter().chain(&self.previous).copied().collect();
         self.ids.retain(|_, id| keep.contains(id));
         let mut names = self.names.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -437,15 +441,17 @@ mod tests {
     fn a_rule_keeps_its_id_and_no_other_rule_gets_it() {
         let mut ids = RuleIds::default();
         let first = ids.assign(&rules(&["a", "b"]));
-        ids.retire();
+        ids.retire(first.clone());
+        // A policy that failed to be put in force leaves the ones before it named.
+        ids.assign(&rules(&["d"]));
         let second = ids.assign(&rules(&["b", "c"]));
-        ids.retire();
+        ids.retire(second.clone());
         assert_eq!(first[1], second[0]);
         assert!(!first.contains(&second[1]));
         // An event of the policy before is still named; the one before that is not.
         assert_eq!(ids.names.get(first[0]), Some(RuleName::Builtin("a")));
-        ids.assign(&rules(&["c"]));
-        ids.retire();
+        let third = ids.assign(&rules(&["c"]));
+        ids.retire(third);
         assert_eq!(ids.names.get(first[0]), None);
     }
 

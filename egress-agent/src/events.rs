@@ -5,7 +5,8 @@
 use std::{
     fmt, fs,
     net::IpAddr,
-    path::PathBuf,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -79,7 +80,7 @@ pub struct Process {
     pub comm: String,
     /// Its program, if the process was still there to be asked.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub exe: Option<PathBuf>,
+    pub exe: Option<String>,
     /// Its arguments, if the process was still there to be asked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<Vec<String>>,
@@ -92,7 +93,7 @@ pub struct Cgroup {
     pub id: u64,
     /// From the root of the hierarchy, if it was still there to be found.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
+    pub path: Option<String>,
 }
 
 /// Completes kernel records.
@@ -100,19 +101,22 @@ pub struct Cgroup {
 pub struct Enricher {
     paths: CgroupPaths,
     rules: RuleNames,
+    /// `/proc` shows the ids that the kernel reports.
+    sees_all: bool,
 }
 
 impl Enricher {
     /// Names rules by `rules` and cgroups by `paths`.
     pub fn new(paths: CgroupPaths, rules: RuleNames) -> Self {
-        Self { paths, rules }
+        Self { paths, rules, sees_all: is_initial_pid_namespace() }
     }
 
     /// The full story of a record; `None` if it is of another version and cannot be understood.
     pub fn connection(&mut self, event: &Event) -> Option<Connection> {
         let (hook, decision) = (event.hook().ok()?, event.decision().ok()?);
         let process = *event.process();
-        let path = self.paths.path(process.cgroup_id, process.pid).map(PathBuf::from);
+        let pid = self.sees_all.then_some(process.pid);
+        let path = self.paths.path(process.cgroup_id, pid).map(PathBuf::from);
         Some(Connection {
             time: humantime::format_rfc3339_nanos(wall_time(event.time())).to_string(),
             verdict: decision.verdict.as_str(),
@@ -125,10 +129,21 @@ impl Enricher {
             destination: Destination { address: event.address().to_ip(), port: event.port() },
             unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
             container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
-            process: describe(&process, event.time()),
-            cgroup: Cgroup { id: process.cgroup_id, path },
+            process: describe(&process, event.time(), self.sees_all),
+            cgroup: Cgroup { id: process.cgroup_id, path: path.as_deref().map(lossy) },
         })
     }
+}
+
+/// Whether this process is in the initial pid namespace, whose ids the kernel reports: elsewhere the same number is another
+/// process. Its inode number is fixed, `PROC_PID_INIT_INO` of `linux/proc_ns.h`.
+fn is_initial_pid_namespace() -> bool {
+    const PROC_PID_INIT_INO: u64 = 0xEFFF_FFFC;
+    let is_initial = fs::metadata("/proc/self/ns/pid").is_ok_and(|meta| meta.ino() == PROC_PID_INIT_INO);
+    if !is_initial {
+        tracing::warn!("not in the host's pid namespace: denials name no parent, program or arguments of processes");
+    }
+    is_initial
 }
 
 const fn errno(verdict: Verdict) -> Option<&'static str> {
@@ -162,9 +177,9 @@ fn boot_clock() -> Duration {
 }
 
 /// Adds what `/proc` knows, unless the process is gone and its id belongs to one that started after the event.
-fn describe(process: &egress_common::Process, time: u64) -> Process {
-    let stat = fs::read(format!("/proc/{}/stat", process.pid)).ok().and_then(|stat| Stat::parse(&stat));
-    let stat = stat.filter(|stat| stat.started_by(time));
+fn describe(process: &egress_common::Process, time: u64, sees_all: bool) -> Process {
+    let stat = || fs::read(format!("/proc/{}/stat", process.pid)).ok().and_then(|stat| Stat::parse(&stat));
+    let stat = if sees_all { stat().filter(|stat| stat.started_by(time)) } else { None };
     let is_there = stat.is_some();
     Process {
         pid: process.pid,
@@ -172,9 +187,18 @@ fn describe(process: &egress_common::Process, time: u64) -> Process {
         uid: process.uid,
         gid: process.gid,
         comm: text(process.comm.split(|&byte| byte == 0).next().unwrap_or_default()),
-        exe: if is_there { fs::read_link(format!("/proc/{}/exe", process.pid)).ok() } else { None },
+        exe: if is_there {
+            fs::read_link(format!("/proc/{}/exe", process.pid)).ok().as_deref().map(lossy)
+        } else {
+            None
+        },
         cmdline: if is_there { cmdline(process.pid) } else { None },
     }
+}
+
+/// Names of files may hold any bytes; JSON holds only text.
+fn lossy(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
 }
 
 fn cmdline(pid: u32) -> Option<Vec<String>> {
@@ -224,7 +248,7 @@ impl fmt::Display for Connection {
         let process = &self.process;
         write!(f, " comm={:?} pid={} uid={}", process.comm, process.pid, process.uid)?;
         match &self.cgroup.path {
-            Some(path) => write!(f, " cgroup={}", path.display().to_string().escape_debug()),
+            Some(path) => write!(f, " cgroup={}", path.escape_debug()),
             None => write!(f, " cgroup={}", self.cgroup.id),
         }
     }

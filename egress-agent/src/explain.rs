@@ -3,7 +3,7 @@
 //! The decision itself is [`egress_common::decide`] over the compiled rules, as in the kernel. Only the story around it
 //! is told here.
 
-use std::net::IpAddr;
+use std::{collections::HashSet, net::IpAddr};
 
 use egress_common::{Decision, Flow, Protocol, Scope, Verdict};
 use ipnet::IpNet;
@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::{
     compile::{
-        Block, Context, Part, Statement, assemble,
+        Block, CompileError, Context, Part, Statement, assemble,
         combine::{Combined, combine, policy_statements, service_statements},
     },
     policy::{EgressPolicy, L4, Mode, ObjectName, PolicySet, RuleName, diagnostic::printable, write},
@@ -117,46 +117,61 @@ pub struct Explainer<'a> {
     policies: &'a PolicySet,
     workload: Workload,
     context: &'a Context,
-    enforcing: Combined,
     ruleset: Ruleset,
+    /// The names of the statements of the enforcing view.
+    heard: HashSet<RuleName>,
+    /// Those of them that no document has.
+    builtins: Vec<Statement>,
     selecting: Vec<&'a EgressPolicy>,
+    /// Those that select and only audit.
+    auditing: HashSet<&'a ObjectName>,
     /// The names of those that select.
     names: Vec<String>,
 }
 
 impl<'a> Explainer<'a> {
     /// Compiles.
-    pub fn new(policies: &'a PolicySet, workload: Workload, context: &'a Context) -> Self {
+    pub fn new(policies: &'a PolicySet, workload: Workload, context: &'a Context) -> Result<Self, CompileError> {
         let enforcing = combine(policies, &workload, context, Mode::Enforce).unwrap_or_else(Combined::allow_any);
         let with_audit = combine(policies, &workload, context, Mode::Audit);
-        let ruleset = assemble(&enforcing, with_audit.as_ref());
+        let ruleset = assemble(&enforcing, with_audit.as_ref())?;
         let selecting: Vec<&EgressPolicy> =
             policies.egress_policies.iter().filter(|policy| selects(policy, &workload)).collect();
+        let audits = selecting.iter().filter(|policy| policy.mode == Mode::Audit);
+        let auditing = audits.map(|policy| &policy.object).collect();
         let names = selecting.iter().map(|policy| policy.object.to_string()).collect();
-        Self { policies, workload, context, enforcing, ruleset, selecting, names }
+        let heard = enforcing.statements.iter().map(|statement| statement.name.clone()).collect();
+        let builtins = enforcing.statements.into_iter().filter(is_builtin).collect();
+        Ok(Self { policies, workload, context, ruleset, heard, builtins, selecting, auditing, names })
+    }
+
+    /// How much it holds: rules and prefixes.
+    pub fn size(&self) -> usize {
+        let prefixes: usize = self.ruleset.views().map(|(_, table)| table.entries().len()).sum();
+        self.ruleset.rules.len() + prefixes
     }
 
     /// Only the answer.
     pub fn answer(&self, to: &Destination) -> Explanation {
-        self.tell(to, &self.ruleset.decide(&to.flow()))
+        self.tell(to, self.ruleset.decide(&to.flow()))
     }
 
     /// The answer with the rules that did not decide, and the document that would allow what is refused.
     pub fn explain(&self, to: &Destination) -> Explanation {
         let decision = self.ruleset.decide(&to.flow());
         let to_allow = match decision.verdict {
-            Verdict::Deny => self.to_allow(to, &decision),
+            Verdict::Deny => self.to_allow(to, decision),
             Verdict::Allow | Verdict::WouldDeny => None,
         };
         let other_rules = Some(self.other_rules(to, self.ruleset.rule(&decision)));
-        Explanation { other_rules, to_allow, ..self.tell(to, &decision) }
+        Explanation { other_rules, to_allow, ..self.tell(to, decision) }
     }
 
-    fn tell(&self, to: &Destination, decision: &Decision) -> Explanation {
+    fn tell(&self, to: &Destination, decision: Decision) -> Explanation {
         Explanation {
             verdict: decision.verdict.as_str(),
             reason: decision.reason.as_str(),
-            rule: self.ruleset.rule(decision).cloned(),
+            rule: self.ruleset.rule(&decision).cloned(),
             to: to.clone(),
             policies: self.names.clone(),
             other_rules: None,
@@ -171,8 +186,7 @@ impl<'a> Explainer<'a> {
             service_statements(entry, &self.context.names).map(move |statement| (statement, names_host))
         });
         let of_policies = self.selecting.iter().flat_map(|policy| policy_statements(policy, &self.context.names));
-        let of_builtins = self.enforcing.statements.iter().filter(|statement| is_builtin(statement)).cloned();
-        let all = of_entries.chain(of_policies.chain(of_builtins).map(|statement| (statement, false)));
+        let all = of_entries.chain(of_policies.chain(self.builtins.iter().cloned()).map(|statement| (statement, false)));
         let others = all.filter(|(statement, _)| Some(&statement.name) != decided);
         others
             .filter_map(|(statement, names_host)| {
@@ -188,34 +202,27 @@ impl<'a> Explainer<'a> {
             Reach::Elsewhere => names_host.then_some(WhyNot::Address),
             Reach::OtherPorts => Some(WhyNot::Port),
             Reach::OtherProtocol => Some(WhyNot::Protocol),
-            Reach::Here if self.enforcing.statements.iter().any(|heard| heard.name == statement.name) => {
-                Some(WhyNot::LowerPrecedence)
-            }
+            Reach::Here if self.heard.contains(&statement.name) => Some(WhyNot::LowerPrecedence),
             Reach::Here => Some(match &statement.name {
-                RuleName::Document { object, .. } if self.is_audit(object) => WhyNot::Audit,
+                RuleName::Document { object, .. } if self.auditing.contains(object) => WhyNot::Audit,
                 RuleName::Document { .. } | RuleName::Builtin(_) => WhyNot::NotImported,
             }),
         }
     }
 
-    fn is_audit(&self, object: &ObjectName) -> bool {
-        self.selecting.iter().any(|policy| policy.object == *object && policy.mode == Mode::Audit)
-    }
-
     /// A document that allows what the default refuses. What a `deny` refuses, no document can open, and none can name
     /// port 0.
-    fn to_allow(&self, to: &Destination, decision: &Decision) -> Option<String> {
+    fn to_allow(&self, to: &Destination, decision: Decision) -> Option<String> {
         if decision.rule.is_some() || to.port == 0 {
             return None;
         }
         let wanted = write::Wanted { address: to.address, port: to.port, l4: to.protocol, host: to.host.as_deref() };
         let enforcing = self.selecting.iter().find(|policy| policy.mode == Mode::Enforce);
-        Some(match enforcing {
-            Some(policy) => write::egress_policy(&wanted, policy),
-            None => {
-                let namespace = self.workload.pod.as_ref().map_or("default", |pod| &pod.namespace);
-                write::service_entry(&wanted, namespace)
-            }
+        Some(if let Some(policy) = enforcing {
+            write::egress_policy(&wanted, policy)
+        } else {
+            let namespace = self.workload.pod.as_ref().map_or("default", |pod| &pod.namespace);
+            write::service_entry(&wanted, namespace)
         })
     }
 }
@@ -295,7 +302,15 @@ fn located(rule: &RuleName) -> String {
     }
 }
 
-/// Whether the workload gets through.
+/// Of the answers for the addresses of one name the one that counts, since a client may take any of them: the first that
+/// is refused, else the first that would be.
+pub fn worst(answers: impl IntoIterator<Item = Explanation>) -> Option<Explanation> {
+    const WORST_FIRST: [Verdict; 3] = [Verdict::Deny, Verdict::WouldDeny, Verdict::Allow];
+    let rank = |answer: &Explanation| WORST_FIRST.iter().position(|verdict| verdict.as_str() == answer.verdict);
+    answers.into_iter().min_by_key(rank)
+}
+
+/// Whether the workload is refused.
 pub fn is_denied(explanation: &Explanation) -> bool {
     explanation.verdict == Verdict::Deny.as_str()
 }

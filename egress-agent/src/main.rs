@@ -48,22 +48,21 @@ fn main() -> ExitCode {
 fn finish(result: anyhow::Result<u8>) -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
-        // Whoever stops reading has read enough: `egress-agent check … | head`.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say(&format!("error: {error:#}\n"));
             ExitCode::from(2)
         }
     }
 }
 
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let is_it = |cause: &(dyn std::error::Error + 'static)| {
-        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
-            || cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind)
-                == Some(io::ErrorKind::BrokenPipe)
-    };
-    error.chain().any(is_it)
+/// Writes to stderr. There is nobody to tell if that fails.
+fn say(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Whoever stops reading has read enough: `egress-agent check … | head`. The status is what it would have been.
+fn unless_reader_left(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| if error.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(error) })
 }
 
 /// Text for a terminal, JSON for a program.
@@ -80,8 +79,8 @@ fn check(args: &CheckArgs) -> anyhow::Result<u8> {
     let look_up = if args.resolve { LookUp::System } else { LookUp::Never };
     let report = Report::new(&args.paths, look_up)?;
     let mut out = BufWriter::new(io::stdout().lock());
-    report.write(&mut out, output(args.output), color())?;
-    out.flush()?;
+    let written = report.write(&mut out, output(args.output), color()).and_then(|()| out.flush());
+    unless_reader_left(written).context("cannot write the report")?;
     Ok(report.exit_code(args.strict))
 }
 
@@ -89,7 +88,7 @@ fn explain(args: &ExplainArgs) -> anyhow::Result<u8> {
     let loaded = load(&args.paths, &LoadOptions::default())?;
     for finding in &loaded.findings {
         if finding.severity == Severity::Error {
-            eprint!("{}", render(finding, loaded.source(finding), Color::Never));
+            say(&render(finding, loaded.source(finding), Color::Never));
         }
     }
     anyhow::ensure!(!loaded.has_errors(), "the policy is invalid; `egress-agent check` tells all of it");
@@ -104,9 +103,10 @@ fn explain(args: &ExplainArgs) -> anyhow::Result<u8> {
     if let Some(host) = &target.host {
         context.names.0.entry(host.clone()).or_default().extend(&target.addresses);
     }
-    let explainer = Explainer::new(&loaded.policies, who(args).workload(&users), &context);
-    let denied = ask::explain(&explainer, &target, args.proto.into(), output(args.output), &mut out)?;
-    out.flush()?;
+    let explainer = Explainer::new(&loaded.policies, who(args).workload(&users), &context)?;
+    let denied = ask::is_denied(&explainer, &target, args.proto.into());
+    let written = ask::explain(&explainer, &target, args.proto.into(), output(args.output), &mut out);
+    unless_reader_left(written.and_then(|()| out.flush())).context("cannot write the answer")?;
     Ok(u8::from(denied))
 }
 
@@ -150,7 +150,10 @@ fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
             return ExitCode::from(4);
         }
     };
-    match runtime.block_on(run::run(args, log, OBJECT)) {
+    let result = runtime.block_on(run::run(args, log, OBJECT));
+    // A policy that is still being compiled when the agent is asked to stop is not waited for.
+    runtime.shutdown_background();
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{}", chain(&error));

@@ -1,13 +1,14 @@
 //! The pin directory: where the maps of a running agent can be found, and the claim that one agent has on it.
 
 use std::{
-    fs::{self, File},
+    fs::{self, DirBuilder, File},
     io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{FlockOperation, flock, fstatfs},
+    fs::{FlockOperation, flock, statfs},
     io::Errno,
 };
 use thiserror::Error;
@@ -29,6 +30,9 @@ pub enum PinError {
     /// It cannot hold pins.
     #[error("{} is not on a bpf file system: mount one (mount -t bpf bpf /sys/fs/bpf) and name a directory on it", .0.display())]
     NotBpffs(PathBuf),
+    /// Others than root could hold the claim, or put pins there.
+    #[error("{} must be a directory of root that nobody else may enter: chown root:root and chmod 700", .0.display())]
+    NotPrivate(PathBuf),
     /// A call failed.
     #[error("cannot {what} {}", .path.display())]
     Io {
@@ -59,11 +63,17 @@ impl PinDirectory {
     /// Makes the directory if need be, and claims it.
     pub fn claim(path: &Path, holder: impl FnOnce(&Path) -> Option<u32>) -> Result<Self, PinError> {
         let failed = |what| move |cause| PinError::Io { what, path: path.to_owned(), cause };
-        fs::create_dir_all(path).map_err(failed("make pin directory"))?;
-        let directory = File::open(path).map_err(failed("open pin directory"))?;
-        let system = fstatfs(&directory).map_err(|errno| failed("look at")(errno.into()))?;
+        let parent = path.ancestors().find(|path| path.is_dir()).unwrap_or(path);
+        let system = statfs(parent).map_err(|errno| failed("look at")(errno.into()))?;
         if u64::try_from(system.f_type) != Ok(BPF_FS_MAGIC) {
             return Err(PinError::NotBpffs(path.to_owned()));
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make pin directory"))?;
+        let directory = File::open(path).map_err(failed("open pin directory"))?;
+        let meta = directory.metadata().map_err(failed("look at"))?;
+        // Whoever can open the directory can lock it, and keep an agent from starting.
+        if meta.uid() != 0 || meta.mode() & 0o077 != 0 {
+            return Err(PinError::NotPrivate(path.to_owned()));
         }
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { path: path.to_owned(), pinned: Vec::new(), _lock: directory }),

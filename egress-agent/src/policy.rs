@@ -4,13 +4,7 @@
 //! documents are written; reading them is the business of [`load`] and the modules below it. It decides nothing
 //! either: [`crate::compile`] turns it into rules.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    net::IpAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::Path, sync::Arc};
 
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
@@ -25,9 +19,10 @@ pub mod load;
 pub mod names;
 pub mod object;
 pub mod path;
+pub mod schema;
 pub mod service_entry;
-pub mod write;
 pub mod suggest;
+pub mod write;
 pub mod yaml;
 
 /// Every valid policy document of one load, each kind sorted by namespace and name.
@@ -517,7 +512,7 @@ impl Serialize for RuleName {
             #[serde(skip_serializing_if = "Option::is_none")]
             path: Option<&'a str>,
             #[serde(skip_serializing_if = "Option::is_none")]
-            file: Option<PathBuf>,
+            file: Option<std::borrow::Cow<'a, str>>,
             #[serde(skip_serializing_if = "Option::is_none")]
             line: Option<u32>,
         }
@@ -527,7 +522,8 @@ impl Serialize for RuleName {
                 namespace: Some(&object.namespace),
                 name: &object.name,
                 path: Some(path),
-                file: Some(at.file.to_path_buf()),
+                // JSON has no other bytes than text; a file name may.
+                file: Some(at.file.to_string_lossy()),
                 line: Some(at.line),
             },
             Self::Builtin(name) => Shape { kind: "builtin", namespace: None, name, path: None, file: None, line: None },

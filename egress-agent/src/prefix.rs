@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use egress_common::{Address, PrefixKey};
@@ -10,6 +10,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// Bits before the IPv4 address in `::ffff:a.b.c.d` and in `64:ff9b::a.b.c.d`.
 const V4_OFFSET: u8 = 96;
+/// The first 96 bits of `::ffff:a.b.c.d` and of `64:ff9b::a.b.c.d`.
+const MAPPED: u128 = 0xffff;
+const NAT64: u128 = 0x0064_ff9b << 64;
 
 /// A prefix with its host bits zero. Ordered by address, then from short to long, so that a prefix comes right before
 /// all that it covers.
@@ -78,12 +81,18 @@ const fn mask(len: u8) -> u128 {
 }
 
 /// Masks host bits, and turns what is IPv4 in IPv6 clothes (`::ffff:a.b.c.d/n`, NAT64 `64:ff9b::a.b.c.d/n`) into IPv4.
+/// NAT64 forms of loopback and unspecified addresses stay IPv6, as [`Address::judged`] has it.
 pub fn canonical(net: IpNet) -> IpNet {
     let net = net.trunc();
     let IpNet::V6(v6) = net else { return net };
-    let inner = Address::from(v6.addr()).judged().to_ip();
-    match (inner, v6.prefix_len().checked_sub(V4_OFFSET)) {
-        (IpAddr::V4(v4), Some(len)) => Ipv4Net::new(v4, len).map_or(net, |v4| IpNet::V4(v4.trunc())),
+    let bits = v6.addr().to_bits();
+    let Some(length) = v6.prefix_len().checked_sub(V4_OFFSET) else { return net };
+    #[expect(clippy::cast_possible_truncation, reason = "the IPv4 address is the last 32 bits")]
+    let v4 = Ipv4Addr::from_bits(bits as u32);
+    let is_of_this_host = length >= 8 && (v4.octets()[0] == 127 || v4.octets()[0] == 0);
+    match bits >> 32 {
+        MAPPED => IpNet::V4(Ipv4Net::new_assert(v4, length)),
+        NAT64 if !is_of_this_host => IpNet::V4(Ipv4Net::new_assert(v4, length)),
         _ => net,
     }
 }
@@ -144,6 +153,10 @@ mod tests {
         assert_eq!(canonical(net("::ffff:10.1.2.3/104")), net("10.0.0.0/8"));
         assert_eq!(canonical(net("64:ff9b::10.1.2.3/128")), net("10.1.2.3/32"));
         assert_eq!(canonical(net("::ffff:0:0/96")), net("0.0.0.0/0"));
+        assert_eq!(canonical(net("64:ff9b::/96")), net("0.0.0.0/0"));
+        assert_eq!(canonical(net("::ffff:127.0.0.0/104")), net("127.0.0.0/8"));
+        assert_eq!(canonical(net("64:ff9b::127.0.0.1/128")), net("64:ff9b::127.0.0.1/128"));
+        assert_eq!(canonical(net("64:ff9b::/104")), net("64:ff9b::/104"));
         assert_eq!(canonical(net("::/0")), net("::/0"));
         assert_eq!(canonical(net("::/64")), net("::/64"));
         assert_eq!(canonical(net("64:ff9b::/64")), net("64:ff9b::/64"));

@@ -2,6 +2,7 @@
 //! changing the policy. When it stalls for long, the ring buffer fills and the kernel counts what is lost.
 
 use std::{
+    fs::File,
     io::{self, Write},
     os::fd::{AsFd, OwnedFd},
     thread::{self, JoinHandle},
@@ -45,7 +46,9 @@ impl Reporter {
         output: Output,
     ) -> io::Result<Self> {
         let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC)?;
-        let mut source = Source { events, log, enricher, output };
+        // Not std's handle, whose buffer would keep what could not be written.
+        let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        let mut source = Source { out, events, log, enricher, output, closed: false, lost: 0 };
         let thread = thread::Builder::new().name("report".to_owned()).spawn(move || source.run(&stopped))?;
         Ok(Self { thread, stop })
     }
@@ -64,22 +67,23 @@ impl Reporter {
 }
 
 struct Source {
+    out: File,
     events: RingBuf<MapData>,
     log: Option<KernelLog>,
     enricher: Enricher,
     output: Output,
+    /// Nobody reads stdout any more.
+    closed: bool,
+    /// Denials that could not be written.
+    lost: u64,
 }
 
 impl Source {
     fn run(&mut self, stopped: &OwnedFd) {
-        let mut out = io::stdout();
         loop {
             let stop = self.wait(stopped);
-            if let Err(error) = self.drain(&mut out) {
-                tracing::error!(%error, "cannot write denials to stdout; enforcement goes on without reports");
-                return;
-            }
-            if stop {
+            self.drain();
+            if stop || self.closed {
                 return;
             }
         }
@@ -101,21 +105,36 @@ impl Source {
         }
     }
 
-    fn drain(&mut self, out: &mut impl Write) -> io::Result<()> {
+    fn drain(&mut self) {
         if let Some(log) = &mut self.log {
             log.flush();
         }
-        let mut written = false;
+        let before = self.lost;
         while let Some(record) = self.events.next() {
             let Some(connection) = read(&record, &mut self.enricher) else {
                 tracing::error!("the kernel programs reported an event of another version");
                 continue;
             };
             drop(record);
-            write(out, &connection, self.output)?;
-            written = true;
+            if self.closed {
+                continue;
+            }
+            match write(&mut self.out, &connection, self.output) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    tracing::error!("nobody reads stdout any more; enforcement goes on without reports");
+                    self.closed = true;
+                }
+                // A full disk and the like may pass: this line is lost, the next may not be.
+                Err(error) => {
+                    self.lost += 1;
+                    tracing::debug!(%error, "a denial is lost");
+                }
+            }
         }
-        if written { out.flush() } else { Ok(()) }
+        if self.lost > before {
+            tracing::error!(lost = self.lost, "denials could not be written to stdout");
+        }
     }
 }
 
@@ -123,13 +142,27 @@ fn read(record: &[u8], enricher: &mut Enricher) -> Option<Connection> {
     enricher.connection(&Event::read_from_bytes(record).ok()?)
 }
 
-fn write(out: &mut impl Write, connection: &Connection, output: Output) -> io::Result<()> {
-    match output {
-        Output::Text => writeln!(out, "{connection}"),
-        Output::Json => {
-            let mut line = serde_json::to_vec(connection)?;
-            line.push(b'\n');
-            out.write_all(&line)
+fn write(out: &mut File, connection: &Connection, output: Output) -> io::Result<()> {
+    let mut line = match output {
+        Output::Text => connection.to_string().into_bytes(),
+        Output::Json => serde_json::to_vec(connection)?,
+    };
+    line.push(b'\n');
+    write_all(out, &line)
+}
+
+/// Waits where stdout does not block and is full.
+fn write_all(out: &mut File, mut line: &[u8]) -> io::Result<()> {
+    while !line.is_empty() {
+        match out.write(line) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => line = &line[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                poll(&mut [PollFd::new(&*out, PollFlags::OUT)], None::<&Timespec>)?;
+            }
+            Err(error) => return Err(error),
         }
     }
+    Ok(())
 }

@@ -7,8 +7,8 @@ pub const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// The name servers a file names. The resolver asks this host if it names none, or is not there (`resolv.conf(5)`).
 pub fn resolvers(path: &Path) -> io::Result<Vec<IpAddr>> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(parse(&text)),
+    match fs::read(path) {
+        Ok(bytes) => Ok(parse(&String::from_utf8_lossy(&bytes))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(parse("")),
         Err(error) => Err(error),
     }

@@ -9,17 +9,19 @@ use std::{
     time::Duration,
 };
 
+use egress_common::Counter;
 use sd_notify::NotifyState;
 use thiserror::Error;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
+    task::spawn_blocking,
     time::{Instant, Interval, interval, sleep_until},
 };
 
 use crate::{
     cgroup::{self, Cgroup, CgroupError, CgroupPaths},
     cli::{LogLevel, Output, RunArgs},
-    compile::{Context, Names, NodeDefault, combine::service_statements, compile},
+    compile::{CompileError, Context, Names, NodeDefault, combine::service_statements, compile},
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog},
     events::Enricher,
     pins::{PinDirectory, PinError},
@@ -43,7 +45,7 @@ pub enum RunError {
     #[error(transparent)]
     Load(#[from] LoadError),
     /// The documents are invalid; each error is already printed.
-    #[error("the policy is invalid: {errors} error(s), nothing is enforced")]
+    #[error("the policy is invalid: {errors} error(s)")]
     Invalid {
         /// How many.
         errors: usize,
@@ -57,6 +59,9 @@ pub enum RunError {
     /// The kernel cannot be brought to enforce.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
+    /// The policy is too large to be compiled.
+    #[error(transparent)]
+    Compile(#[from] CompileError),
     /// Something of the system failed.
     #[error("{what}")]
     System {
@@ -72,7 +77,7 @@ impl RunError {
     /// The exit status that the command line promises.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Load(_) | Self::Invalid { .. } => 1,
+            Self::Load(_) | Self::Invalid { .. } | Self::Compile(_) => 1,
             Self::Cgroup(CgroupError::NotFound { .. } | CgroupError::NotCgroup2 { .. }) => 2,
             Self::Pins(PinError::Claimed { .. }) => 5,
             Self::Cgroup(_) | Self::Dataplane(_) | Self::Pins(_) | Self::System { .. } => 4,
@@ -91,23 +96,23 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
-    let mut signals = Signals::new()?;
     let mut source = Source::new(args)?;
     let (loaded, ruleset) = source.read()?;
     dataplane::probe()?;
     let mount = cgroup::mount_point()?;
-    let cgroup = Cgroup::open(&args.cgroup, &mount)?;
+    let mut attachment = Attachment::new(&args.cgroup, &mount)?;
     let claim = |path: &PathBuf| PinDirectory::claim(path, dataplane::pinned_by);
     let pins = args.pin_dir.as_ref().map(claim).transpose()?;
     let mut dataplane = Dataplane::prepare(object, kernel_log(log), pins)?;
     let applied = dataplane.apply(&ruleset)?;
     let reporter = start_reports(&mut dataplane, mount, args.output)?;
-    dataplane.attach(&cgroup.directory, &cgroup.path)?;
-    announce(&applied, &loaded, &cgroup.path);
-    let mut state = State { dataplane, ruleset, generation: applied.generation };
-    state.follow(&mut source, &mut signals).await?;
+    // Before there is something to undo, a signal simply ends the process.
+    let mut signals = Signals::new()?;
+    attachment.attach(&mut dataplane)?;
+    announce(&applied, &loaded, &attachment.cgroup.path);
+    let state = State { source, dataplane, ruleset: Some(ruleset), generation: applied.generation };
+    follow(state, attachment, &mut signals).await?;
     tracing::info!("asked to stop: detaching");
-    drop(state);
     reporter.finish();
     Ok(())
 }
@@ -152,16 +157,15 @@ impl Source {
     fn new(args: &RunArgs) -> Result<Self, RunError> {
         Ok(Self {
             paths: args.policies.clone(),
-            options: LoadOptions { require_root_owned: !args.allow_writable_policies },
+            options: LoadOptions { require_root_owned: !args.allow_writable_policies, follow: true },
             node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
             watch: Watch::new().map_err(system("cannot watch policy files"))?,
         })
     }
 
-    /// Reads and compiles. What is read is watched first, so that no change is missed.
+    /// Reads and compiles.
     fn read(&mut self) -> Result<(Loaded, Ruleset), RunError> {
-        self.watch.set(watched(&self.paths)).map_err(system("cannot watch policy files"))?;
-        let loaded = load(&self.paths, &self.options)?;
+        let loaded = self.load()?;
         let unbuilt: Vec<Finding> = loaded.policies.egress_policies.iter().flat_map(unsupported).collect();
         let findings = || loaded.findings.iter().chain(&unbuilt);
         findings().for_each(report);
@@ -173,8 +177,74 @@ impl Source {
         let resolv_conf = Path::new(resolv::RESOLV_CONF);
         let system_resolvers = resolv::resolvers(resolv_conf).map_err(system("cannot read /etc/resolv.conf"))?;
         let context = Context { node_default: self.node_default, system_resolvers, names: Names::default() };
-        let ruleset = compile(&loaded.policies, &Workload::default(), &context);
+        let ruleset = compile(&loaded.policies, &Workload::default(), &context)?;
         Ok((loaded, ruleset))
+    }
+
+    /// What is read is watched first, so that no change is missed. A directory that appeared meanwhile was read, perhaps,
+    /// and not watched: then all is read again.
+    fn load(&mut self) -> Result<Loaded, LoadError> {
+        let paths: Vec<PathBuf> = self.paths.iter().cloned().chain([resolv::RESOLV_CONF.into()]).collect();
+        loop {
+            let seen = watched(&paths);
+            if let Err(error) = self.watch.set(seen.clone()) {
+                tracing::error!(%error, "cannot watch policy files; see fs.inotify.max_user_watches. Changes need SIGHUP");
+            }
+            let loaded = load(&self.paths, &self.options);
+            if watched(&paths) == seen {
+                return loaded;
+            }
+        }
+    }
+}
+
+/// The cgroup that is filtered. It may be removed and made again, as systemd does when it restarts a unit; the programs go
+/// with it, so they are attached again.
+struct Attachment {
+    given: PathBuf,
+    mount: PathBuf,
+    cgroup: Cgroup,
+    is_attached: bool,
+    watch: Watch,
+}
+
+/// How often the cgroup is looked after, beside the notice of changes.
+const LOOK_AFTER: Duration = Duration::from_secs(1);
+
+impl Attachment {
+    fn new(given: &Path, mount: &Path) -> Result<Self, RunError> {
+        let cgroup = Cgroup::open(given, mount)?;
+        let mut watch = Watch::new().map_err(system("cannot watch the cgroup"))?;
+        let directory = mount.join(cgroup.path.strip_prefix("/").unwrap_or(&cgroup.path));
+        watch.set(watched(&[directory])).map_err(system("cannot watch the cgroup"))?;
+        Ok(Self { given: given.to_owned(), mount: mount.to_owned(), cgroup, is_attached: false, watch })
+    }
+
+    fn attach(&mut self, dataplane: &mut Dataplane) -> Result<(), DataplaneError> {
+        dataplane.attach(&self.cgroup.directory, &self.cgroup.path)?;
+        self.is_attached = true;
+        Ok(())
+    }
+
+    /// Attaches again where the cgroup was made anew.
+    fn look_after(&mut self, dataplane: &mut Dataplane) {
+        let cgroup = self.cgroup.path.display();
+        match Cgroup::open(&self.given, &self.mount) {
+            Ok(found) if self.is_attached && found.id == self.cgroup.id => {}
+            Ok(found) => {
+                let path = found.path.display().to_string();
+                self.cgroup = found;
+                match self.attach(dataplane) {
+                    Ok(()) => tracing::warn!(cgroup = path, "the cgroup was made anew: attached again"),
+                    Err(error) => tracing::error!(error = %chain(&error), "cannot attach again: nothing is filtered"),
+                }
+            }
+            Err(error) if self.is_attached => {
+                tracing::error!(%error, %cgroup, "the cgroup is gone: nothing is filtered until it is back");
+                self.is_attached = false;
+            }
+            Err(_) => {}
+        }
     }
 }
 
@@ -203,65 +273,122 @@ fn warn_of_names(policies: &PolicySet) {
 
 /// What is in force.
 struct State {
+    source: Source,
     dataplane: Dataplane,
-    ruleset: Ruleset,
+    /// `None` after a change that failed half-way: whatever is read next is put in force.
+    ruleset: Option<Ruleset>,
     generation: u64,
 }
 
-impl State {
-    /// Follows the files until a signal ends it.
-    async fn follow(&mut self, source: &mut Source, signals: &mut Signals) -> Result<(), RunError> {
-        let mut due = None;
-        let mut watchdog = Watchdog::new();
-        loop {
-            let mut look_again = false;
-            tokio::select! {
-                _ = signals.terminate.recv() => return Ok(()),
-                _ = signals.interrupt.recv() => return Ok(()),
-                _ = signals.hangup.recv() => look_again = true,
-                () = at(due) => look_again = true,
-                () = watchdog.tick() => {}
-                changed = source.watch.changed() => {
-                    changed.map_err(system("cannot watch policy files"))?;
-                    due = due.or(Some(Instant::now() + DEBOUNCE));
-                }
+/// Follows the files until a signal ends it.
+async fn follow(mut state: State, mut attachment: Attachment, signals: &mut Signals) -> Result<(), RunError> {
+    let mut due = None;
+    let mut watchdog = Watchdog::new();
+    let mut pulse = interval(LOOK_AFTER);
+    let mut lost = 0;
+    loop {
+        let mut look_again = false;
+        tokio::select! {
+            _ = signals.terminate.recv() => return Ok(()),
+            _ = signals.interrupt.recv() => return Ok(()),
+            _ = signals.hangup.recv() => look_again = true,
+            () = at(due) => look_again = true,
+            () = watchdog.tick() => {}
+            _ = pulse.tick() => {
+                attachment.look_after(&mut state.dataplane);
+                state.report_lost(&mut lost);
             }
-            if look_again {
-                due = self.reload(source).err().map(|()| Instant::now() + RETRY);
+            changed = attachment.watch.changed() => {
+                changed.map_err(system("cannot watch the cgroup"))?;
+                attachment.look_after(&mut state.dataplane);
+            }
+            changed = state.source.watch.changed() => {
+                changed.map_err(system("cannot watch policy files"))?;
+                let soon = Instant::now() + DEBOUNCE;
+                due = Some(due.map_or(soon, |due: Instant| due.min(soon)));
+            }
+        }
+        if look_again {
+            let Some((returned, retry)) = reload(state, &mut watchdog, signals).await? else { return Ok(()) };
+            state = returned;
+            due = retry.map(|delay| Instant::now() + delay);
+        }
+    }
+}
+
+/// Reads the policy again on a thread of its own, since a large one takes its time; the watchdog and the signals are
+/// answered meanwhile. `None` if the agent is asked to stop.
+async fn reload(
+    mut state: State,
+    watchdog: &mut Watchdog,
+    signals: &mut Signals,
+) -> Result<Option<(State, Option<Duration>)>, RunError> {
+    let mut work = spawn_blocking(move || {
+        let retry = state.reload();
+        (state, retry)
+    });
+    loop {
+        tokio::select! {
+            _ = signals.terminate.recv() => return Ok(None),
+            _ = signals.interrupt.recv() => return Ok(None),
+            () = watchdog.tick() => {}
+            done = &mut work => {
+                return done.map(Some).map_err(|error| system("the policy could not be read")(error.into()));
             }
         }
     }
+}
 
-    /// Reads the policy again and puts it in force if it says something else. An error leaves the old one.
-    fn reload(&mut self, source: &mut Source) -> Result<(), ()> {
+impl State {
+    /// Reads the policy again and puts it in force if it says something else. An error leaves the old one, and is tried
+    /// again after the time that is returned.
+    fn reload(&mut self) -> Option<Duration> {
         if let Ok(now) = NotifyState::monotonic_usec_now() {
             notify(&[NotifyState::Reloading, now]);
         }
-        let result = self.read_and_apply(source);
-        let status = match &result {
-            Ok(()) => format!("generation {}", self.generation),
+        let result = self.read_and_apply();
+        let (status, retry) = match &result {
+            Ok(()) => (format!("generation {}", self.generation), None),
+            Err(RunError::Load(error @ LoadError::BeingWritten { .. })) => {
+                tracing::info!(generation = self.generation, "{error}");
+                (format!("generation {}", self.generation), Some(RETRY))
+            }
             Err(error) => {
                 let cause = chain(error);
                 tracing::error!(error = %cause, generation = self.generation, "the last good policy stays in force");
-                format!("generation {}; {cause}", self.generation)
+                (format!("generation {}; {cause}", self.generation), Some(RETRY))
             }
         };
         notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
-        result.map_err(drop)
+        retry
     }
 
-    fn read_and_apply(&mut self, source: &mut Source) -> Result<(), RunError> {
-        let (loaded, ruleset) = source.read()?;
-        if ruleset == self.ruleset {
+    fn read_and_apply(&mut self) -> Result<(), RunError> {
+        let (loaded, ruleset) = self.source.read()?;
+        if self.ruleset.as_ref() == Some(&ruleset) {
             tracing::info!(generation = self.generation, "policy unchanged");
             return Ok(());
         }
+        self.ruleset = None;
         let applied = self.dataplane.apply(&ruleset)?;
         let Applied { generation, rules, prefixes, segments } = applied;
         tracing::info!(generation, documents = loaded.documents, rules, prefixes, segments, "policy applied");
-        self.ruleset = ruleset;
+        self.ruleset = Some(ruleset);
         self.generation = generation;
         Ok(())
+    }
+
+    /// Tells of events that found no room in the ring buffer since the last time.
+    fn report_lost(&self, before: &mut u64) {
+        let counters = match self.dataplane.counters() {
+            Ok(counters) => counters,
+            Err(error) => return tracing::error!(error = %chain(&error), "cannot read the counters"),
+        };
+        let lost = counters.iter().find(|(counter, _)| *counter == Counter::EventsLost).map_or(0, |(_, count)| *count);
+        if lost > *before {
+            tracing::warn!(lost = lost - *before, total = lost, "denials were not reported: the ring buffer was full");
+            *before = lost;
+        }
     }
 }
 

@@ -72,44 +72,37 @@ fn matches(selector: &Selector, workload: &Workload) -> bool {
     }
 }
 
-/// A pattern covers what it matches and everything below: it need only match the path up to some slash. `/` is the
-/// root cgroup alone.
+/// A pattern covers what it matches and everything below. `/` is the root cgroup alone. `*` and `?` stay within one
+/// component of the path; `**` stands for any number of components.
 fn cgroup_matches(pattern: &str, path: &str) -> bool {
     let (pattern, path) = (pattern.trim_matches('/'), path.trim_matches('/'));
     if pattern.is_empty() {
         return path.is_empty();
     }
-    let ends = path.match_indices('/').map(|(at, _)| at).chain([path.len()]);
-    ends.into_iter().any(|end| glob_path(pattern, &path[..end]))
-}
-
-/// A glob in which `*` and `?` stay within one component of the path; `**` stands for any number of components.
-fn glob_path(pattern: &str, path: &str) -> bool {
-    fn components(pattern: &[&str], path: &[&str]) -> bool {
-        match (pattern.split_first(), path.split_first()) {
-            (None, None) => true,
-            (Some((&"**", rest)), _) => (0..=path.len()).any(|skip| components(rest, &path[skip..])),
-            (Some((first, rest)), Some((name, below))) => glob(first, name) && components(rest, below),
-            _ => false,
-        }
-    }
-    let pattern: Vec<&str> = pattern.split('/').collect();
+    let pattern: Vec<&str> = pattern.split('/').chain(["**"]).collect();
     let path: Vec<&str> = path.split('/').collect();
-    components(&pattern, &path)
+    wildcard(&pattern, &path, |&part| part == "**", |part, name| glob(part, name))
 }
 
-/// A glob over one name: `*` for any characters, `?` for one. Linear but for the last star, to which it returns.
+/// A glob over one name: `*` for any characters, `?` for one.
 fn glob(pattern: &str, name: &str) -> bool {
     let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
+    wildcard(&pattern, &name, |&part| part == '*', |&part, &c| part == '?' || part == c)
+}
+
+/// Whether a pattern fits a whole sequence: a star fits any number of items, every other part one. What precedes a star
+/// was fitted as early as it can be, so there is never a reason to return to a star before the last: a product of two
+/// lengths, not an exponent.
+fn wildcard<P, N>(pattern: &[P], items: &[N], is_star: impl Fn(&P) -> bool, fits: impl Fn(&P, &N) -> bool) -> bool {
     let (mut p, mut n) = (0, 0);
     let mut star: Option<(usize, usize)> = None;
-    while n < name.len() {
+    while n < items.len() {
         match pattern.get(p) {
-            Some('*') => {
+            Some(part) if is_star(part) => {
                 star = Some((p, n));
                 p += 1;
             }
-            Some(&c) if c == '?' || c == name[n] => {
+            Some(part) if fits(part, &items[n]) => {
                 p += 1;
                 n += 1;
             }
@@ -123,7 +116,7 @@ fn glob(pattern: &str, name: &str) -> bool {
             },
         }
     }
-    pattern[p..].iter().all(|&c| c == '*')
+    pattern[p..].iter().all(is_star)
 }
 
 fn pod_matches(selector: &PodSelector, pod: &Pod) -> bool {
@@ -159,6 +152,8 @@ fn user_matches(user: &User, identity: &UserIdentity) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -170,6 +165,34 @@ mod tests {
         assert!(cgroup_matches("system.slice/*.service", "system.slice/a.service/b"));
         assert!(!cgroup_matches("*.service", "system.slice/a.service"));
         assert!(cgroup_matches("**/a.service", "x/y/a.service/z"));
+    }
+
+    #[test]
+    fn many_double_stars_cost_no_exponent() {
+        let pattern = "**/a/".repeat(30) + "b";
+        assert!(!cgroup_matches(&pattern, &"a/".repeat(60)));
+        assert!(cgroup_matches(&pattern, &("x/a/".repeat(30) + "b/c")));
+    }
+
+    /// Every way a glob can fit, one by one.
+    fn naive(pattern: &[&str], path: &[&str]) -> bool {
+        match (pattern.split_first(), path.split_first()) {
+            (None, None) => true,
+            (Some((&"**", rest)), _) => (0..=path.len()).any(|skip| naive(rest, &path[skip..])),
+            (Some((first, rest)), Some((name, below))) => glob(first, name) && naive(rest, below),
+            _ => false,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_cgroup_pattern_matches_as_if_every_way_was_tried(
+            pattern in prop::collection::vec(prop::sample::select(vec!["**", "*", "?", "a", "b", "ab", "a*"]), 1..6),
+            path in prop::collection::vec(prop::sample::select(vec!["a", "b", "ab", "ba"]), 1..8),
+        ) {
+            let expected = (1..=path.len()).any(|end| naive(&pattern, &path[..end]));
+            prop_assert_eq!(cgroup_matches(&pattern.join("/"), &path.join("/")), expected);
+        }
     }
 
     #[test]

@@ -70,14 +70,15 @@ fn rules_that_differ_in_ports_or_exceptions_are_not_redundant() {
 #[test]
 fn what_is_not_built_is_named() {
     let spec = "workloads: [{unit: a.service}, {user: 0}, {pod: {}}, {cgroup: a}], dns: {queries: Named}, \
-                protocols: [ICMP], existing: Terminate, refuseWith: ECONNREFUSED";
+                protocols: [ICMP], existing: Terminate, refuseWith: ECONNREFUSED, \
+                replies: Allow";
     let found = unsupported(&policy(spec).egress_policies[0]);
-    assert_eq!(found.len(), 8, "{found:#?}");
+    assert_eq!(found.len(), 9, "{found:#?}");
     assert!(
         found.iter().all(|finding| finding.code == Code::NotBuilt && finding.message.contains("not carry out yet"))
     );
     let built = "mode: Audit, services: [], dns: {queries: Any, servers: None}, protocols: [], existing: Keep, \
-                 refuseWith: EPERM, loopback: None, defaultAction: Deny, replies: Allow";
+                 refuseWith: EPERM, loopback: None, defaultAction: Deny, replies: Deny";
     assert_eq!(unsupported(&policy(built).egress_policies[0]), []);
 }
 

@@ -72,7 +72,7 @@ fn a_named_file_is_read_whatever_its_name() {
     assert_eq!(names(&loaded.policies), ["a"]);
     let directory = fs::canonicalize(root.path()).unwrap();
     let watched = watched(std::slice::from_ref(&path));
-    assert_eq!(watched.directories().collect::<Vec<_>>(), [&directory]);
+    assert!(watched.directories().any(|watched| watched == directory));
     assert!(watched.concerns(&directory, "policy".as_ref()) && !watched.concerns(&directory, "other".as_ref()));
 }
 
@@ -171,7 +171,7 @@ fn an_empty_directory_is_an_empty_policy() {
 fn files_that_others_can_change_are_refused_where_that_is_asked() {
     let root = TempDir::new().unwrap();
     let path = write(root.path(), "a.yaml", &entry("a"));
-    let options = LoadOptions { require_root_owned: true };
+    let options = LoadOptions { require_root_owned: true, follow: false };
     let refusals = |path: &Path| codes(&load(&[path.to_path_buf()], &options).unwrap());
     let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     set(&path, 0o666);

@@ -31,12 +31,16 @@ impl Address {
 
     /// The address whose rules judge this one: the IPv4 address inside a NAT64 address, else the address itself.
     ///
-    /// A NAT64 gateway turns `64:ff9b::a.b.c.d` into IPv4 on the way, so a rule for `a.b.c.d` must hold for it.
+    /// A NAT64 gateway turns `64:ff9b::a.b.c.d` into IPv4 on the way, so a rule for `a.b.c.d` must hold for it. Loopback
+    /// and unspecified addresses are no IPv4 address behind a gateway: a rule that opens this host must not send packets
+    /// there.
     #[inline(always)]
     #[must_use]
     pub const fn judged(self) -> Self {
         let [a, b, c, d] = self.0;
-        if a == NAT64.to_be() && b == 0 && c == 0 { Self::from_network_v4(d) } else { self }
+        let first_byte = u32::from_be(d) >> 24;
+        let is_of_this_host = first_byte == 127 || first_byte == 0;
+        if a == NAT64.to_be() && b == 0 && c == 0 && !is_of_this_host { Self::from_network_v4(d) } else { self }
     }
 
     /// `0.0.0.0`, `::` or `::ffff:0.0.0.0`.
@@ -154,6 +158,9 @@ mod tests {
         assert_eq!(address("64:ff9b::10.1.2.3").judged(), address("10.1.2.3"));
         assert_eq!(address("64:ff9b:1::10.1.2.3").judged(), address("64:ff9b:1::10.1.2.3"));
         assert_eq!(address("64:ff9b::1:0:0").judged(), address("64:ff9b::1:0:0"));
+        for own in ["64:ff9b::127.0.0.1", "64:ff9b::127.255.0.1", "64:ff9b::0.0.0.0", "64:ff9b::0.1.2.3"] {
+            assert_eq!(address(own).judged(), address(own), "a gateway is not this host");
+        }
     }
 
     #[test]

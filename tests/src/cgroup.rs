@@ -35,6 +35,15 @@ impl Cgroup {
         format!("/{}", self.below)
     }
 
+    /// Removes it and makes another of the same name, as systemd does when it restarts a unit.
+    pub fn make_anew(&self) -> Result<()> {
+        eventually("an empty cgroup", || match fs::remove_dir(&self.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => None,
+            done => Some(done),
+        })??;
+        Ok(fs::create_dir(&self.path)?)
+    }
+
     /// The file that takes process ids.
     pub fn procs(&self) -> PathBuf {
         self.path.join("cgroup.procs")

@@ -55,7 +55,8 @@ pub fn compile_vs_reference(bytes: &[u8]) {
 }
 
 fn agree(policies: &PolicySet, workload: &Workload, context: &Context, most: usize) {
-    let ruleset = compile(policies, workload, context);
+    // What is too large is refused as a whole.
+    let Ok(ruleset) = compile(policies, workload, context) else { return };
     ruleset.views().for_each(|(_, table)| is_tidy(table));
     for asked in questions::at_edges(policies, context, most) {
         let (found, expected) = (ask(&ruleset, asked), judge(policies, workload, context, asked));

@@ -14,6 +14,7 @@ pub mod fuzz_targets;
 pub mod generate;
 pub mod mariadb;
 pub mod netns;
+pub mod pages;
 pub mod reference;
 pub mod scenario;
 

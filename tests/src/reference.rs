@@ -3,7 +3,7 @@
 //! Written from the description of the policy language, not from the compiler, with which it shares nothing but the
 //! parsed documents. [`ask`] puts the same question to the compiled rules.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use egress_agent::{
     compile::{Context, Names, NodeAction},
@@ -94,18 +94,23 @@ pub fn judge(policies: &PolicySet, workload: &Workload, context: &Context, asked
     if audited.0 { Answer::Allow(why) } else { Answer::WouldDeny(audited.1) }
 }
 
-/// IPv4 inside IPv6: mapped (RFC 4291) or behind NAT64 (RFC 6052).
+/// IPv4 inside IPv6: mapped (RFC 4291), or behind NAT64 (RFC 6052) unless it is an address of this host.
 fn inner(address: IpAddr) -> IpAddr {
     let IpAddr::V6(v6) = address else { return address };
-    let nat64: IpNet = "64:ff9b::/96".parse().expect("a prefix");
-    match (v6.to_ipv4_mapped(), nat64.contains(&address)) {
+    match (v6.to_ipv4_mapped(), behind_nat64(v6)) {
         (Some(v4), _) => v4.into(),
-        (None, true) => {
-            let [.., a, b, c, d] = v6.octets();
-            IpAddr::from([a, b, c, d])
-        }
-        (None, false) => address,
+        (None, Some(v4)) if !is_of_this_host(v4) => v4.into(),
+        (None, _) => address,
     }
+}
+
+fn behind_nat64(v6: Ipv6Addr) -> Option<Ipv4Addr> {
+    let [0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d] = v6.octets() else { return None };
+    Some(Ipv4Addr::new(a, b, c, d))
+}
+
+fn is_of_this_host(v4: Ipv4Addr) -> bool {
+    v4.octets()[0] == 127 || v4.octets()[0] == 0
 }
 
 struct World<'a> {
@@ -123,7 +128,7 @@ impl World<'_> {
         for entry in &self.policies.service_entries {
             let seen = match &self.workload.pod {
                 Some(pod) => sees(&pod.namespace, entry),
-                None => self.policies.egress_policies.is_empty() || sees("default", entry),
+                None => !self.anybody_enforces() || sees("default", entry),
             };
             if seen {
                 found.extend(in_entry(entry, asked, &self.context.names));
@@ -133,6 +138,11 @@ impl World<'_> {
         found.extend(default.loopback.then(|| loopback(asked)).flatten());
         found.extend(default.dns.then(|| dns(&self.context.system_resolvers, asked)).flatten());
         first(found, false)
+    }
+
+    /// Whether the host has a policy that is more than a trial.
+    fn anybody_enforces(&self) -> bool {
+        self.policies.egress_policies.iter().any(|policy| policy.mode == Mode::Enforce)
     }
 
     fn said_by(&self, speaking: &[&EgressPolicy], asked: Question) -> (bool, Why) {
@@ -257,13 +267,16 @@ fn in_rule(rule: &Rule, asked: Question, names: &Names) -> bool {
 
 /// A prefix written in IPv6 that lies within an IPv4 form is the IPv4 prefix; any other never reaches IPv4.
 fn holds(net: IpNet, address: IpAddr) -> bool {
-    match (net, address) {
-        (IpNet::V6(v6), IpAddr::V4(_)) if v6.prefix_len() >= 96 => {
-            let IpAddr::V4(v4) = inner(v6.network().into()) else { return false };
-            IpNet::new(v4.into(), v6.prefix_len() - 96).is_ok_and(|net| net.contains(&address))
-        }
-        _ => net.contains(&address),
-    }
+    as_v4(net).unwrap_or(net).contains(&address)
+}
+
+fn as_v4(net: IpNet) -> Option<IpNet> {
+    let IpNet::V6(v6) = net else { return None };
+    let length = v6.prefix_len().checked_sub(96)?;
+    let network = v6.network();
+    let behind = behind_nat64(network).filter(|&v4| length < 8 || !is_of_this_host(v4));
+    let v4 = network.to_ipv4_mapped().or(behind)?;
+    IpNet::new(v4.into(), length).ok()
 }
 
 fn loopback(asked: Question) -> Option<Found> {

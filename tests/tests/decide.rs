@@ -53,7 +53,7 @@ proptest! {
         context in context(),
     ) {
         let policies = parse(&documents);
-        let ruleset = compile(&policies, &workload, &context);
+        let ruleset = compile(&policies, &workload, &context).unwrap();
         for asked in flows {
             let expected = judge(&policies, &workload, &context, asked);
             prop_assert_eq!(ask(&ruleset, asked), expected, "{:?}", asked);
@@ -69,7 +69,7 @@ proptest! {
         let policies = parse(&documents);
         for asked in flows.into_iter().take(10) {
             let to = Destination { address: asked.address, port: asked.port, protocol: asked.l4, host: None };
-            let explanation = Explainer::new(&policies, workload.clone(), &context).explain(&to);
+            let explanation = Explainer::new(&policies, workload.clone(), &context).unwrap().explain(&to);
             let refused_by_default = explanation.verdict == "deny" && explanation.rule.is_none() && to.port != 0;
             prop_assert_eq!(explanation.to_allow.is_some(), refused_by_default);
             let Some(document) = explanation.to_allow else { continue };
@@ -78,7 +78,7 @@ proptest! {
             let mut with = policies.clone();
             with.service_entries.extend(more.policies.service_entries);
             with.egress_policies.extend(more.policies.egress_policies);
-            let answer = Explainer::new(&with, workload.clone(), &context).answer(&to);
+            let answer = Explainer::new(&with, workload.clone(), &context).unwrap().answer(&to);
             prop_assert_ne!(answer.verdict, "deny", "{:?} after adding\n{}", asked, document);
         }
     }
@@ -90,7 +90,7 @@ proptest! {
         context in context(),
     ) {
         let policies = parse(&documents);
-        let explainer = Explainer::new(&policies, workload, &context);
+        let explainer = Explainer::new(&policies, workload, &context).unwrap();
         for asked in flows.into_iter().take(10) {
             let to = Destination { address: asked.address, port: asked.port, protocol: asked.l4, host: None };
             let explanation = explainer.explain(&to);
@@ -107,7 +107,7 @@ proptest! {
         context in context(),
     ) {
         let (one, other) = documents;
-        let compiled = |documents: &[serde_json::Value]| compile(&parse(documents), &Workload::default(), &context);
+        let compiled = |documents: &[serde_json::Value]| compile(&parse(documents), &Workload::default(), &context).unwrap();
         prop_assert_eq!(compiled(&one).hash(), compiled(&other).hash());
     }
 }

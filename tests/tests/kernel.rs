@@ -81,7 +81,7 @@ fn the_kernel_decides_as_the_reference_says() {
                 Answer::Allow(_) => {}
                 Answer::Deny(why) => check_denial(&agent.denial().unwrap(), "deny", asked, why, dialer.pid()),
                 Answer::WouldDeny(why) => {
-                    check_denial(&agent.denial().unwrap(), "would_deny", asked, why, dialer.pid())
+                    check_denial(&agent.denial().unwrap(), "would_deny", asked, why, dialer.pid());
                 }
             }
             refused += u64::from(is_refused);

@@ -83,12 +83,89 @@ fn a_file_is_read_when_it_is_closed_and_not_before() {
     let mut file = File::create(world.path("b.yaml")).unwrap();
     file.write_all(entry(TWO).replace("name: a", "name: b").as_bytes()).unwrap();
     file.flush().unwrap();
-    // Longer than changes are gathered for: nothing must happen.
-    std::thread::sleep(Duration::from_millis(400));
-    assert!(!world.is_open(TWO));
+    // Whatever else makes the agent read, it leaves the open file alone.
+    world.agent.signal(Signal::HUP).unwrap();
+    let line = world.agent.wait_for("is open for writing").unwrap();
+    assert!(line.contains("b.yaml") && line.contains("INFO"), "{line}");
+    world.expect_open(ONE, TWO);
     drop(file);
     world.applied(2);
     assert!(world.is_open(TWO));
+}
+
+#[test]
+fn a_deny_list_that_is_being_rewritten_stays_in_force() {
+    let mut world = World::new(|directory| {
+        let deny = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: deny }\n\
+                    spec: { deny: [{ to: [{ cidr: 192.0.2.1/32 }] }], defaultAction: Allow }\n";
+        fs::write(directory.join("deny.yaml"), deny).unwrap();
+        directory.to_owned()
+    });
+    world.expect_open(TWO, ONE);
+    let file = File::create(world.path("deny.yaml")).unwrap();
+    fs::write(world.path("other.yaml"), entry(TWO)).unwrap();
+    world.agent.wait_for("is open for writing").unwrap();
+    world.expect_open(TWO, ONE);
+    drop(file);
+    world.applied(2);
+}
+
+#[test]
+fn directories_that_come_one_after_the_other_are_all_followed() {
+    let mut world = World::with_one_file();
+    for round in 0..20 {
+        let (outer, inner) = (world.path(&format!("d{round}")), world.path(&format!("d{round}/inner")));
+        fs::create_dir(&outer).unwrap();
+        std::thread::sleep(Duration::from_millis(90 + round * 2));
+        fs::create_dir(&inner).unwrap();
+    }
+    // Every one of them is watched: a file in any is noticed.
+    for round in 0..20 {
+        let text = entry(&format!("198.51.100.{round}")).replace("name: a", &format!("name: n{round}"));
+        fs::write(world.path(&format!("d{round}/inner/x.yaml")), text).unwrap();
+        world.agent.wait_for(&format!("documents={} ", round + 2)).unwrap();
+    }
+}
+
+#[test]
+fn a_directory_that_is_replaced_further_up_is_followed() {
+    let mut world = World::new(|directory| {
+        for (version, address) in [("current", ONE), ("next", TWO)] {
+            fs::create_dir_all(directory.join(version).join("conf/policies")).unwrap();
+            fs::write(directory.join(version).join("conf/policies/a.yaml"), entry(address)).unwrap();
+        }
+        directory.join("current/conf/policies")
+    });
+    fs::rename(world.path("current"), world.path("old")).unwrap();
+    fs::rename(world.path("next"), world.path("current")).unwrap();
+    world.applied(2);
+    world.expect_open(TWO, ONE);
+}
+
+#[test]
+fn a_mended_policy_does_not_wait_for_the_next_try() {
+    let mut world = World::with_one_file();
+    fs::write(world.path("a.yaml"), "kind: [").unwrap();
+    world.agent.wait_for("the last good policy stays in force").unwrap();
+    let mended = std::time::Instant::now();
+    fs::write(world.path("a.yaml"), entry(TWO)).unwrap();
+    world.applied(2);
+    assert!(mended.elapsed() < Duration::from_secs(3), "{:?}", mended.elapsed());
+}
+
+#[test]
+fn a_cgroup_that_is_made_anew_is_filtered_again() {
+    let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
+    let policies = tempfile::tempdir().unwrap();
+    let mut agent = Agent::start(policies.path(), &cgroup, &[]).unwrap();
+    for _ in 0..3 {
+        cgroup.make_anew().unwrap();
+        agent.wait_for("attached again").unwrap();
+        let mut dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
+        let call = Call { method: Method::TcpConnect, mapped: false, to: format!("{ONE}:80").parse().unwrap() };
+        assert!(dialer.is_refused(&call).unwrap());
+        agent.denial().unwrap();
+    }
 }
 
 #[test]

@@ -83,3 +83,78 @@ fn every_kind_of_call_is_reported_with_its_hook() {
     }
     agent.stop().unwrap();
 }
+
+/// Bytes that are no text, in a program's name and in a cgroup's, must not silence the reports.
+#[test]
+fn names_that_are_not_text_are_reported() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+    let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
+    let policies = tempfile::tempdir().unwrap();
+    let mut agent = Agent::start(policies.path(), &cgroup, &[]).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let odd = directory.path().join(OsStr::from_bytes(b"dial\xff"));
+    fs::copy(env!("CARGO_BIN_EXE_dial"), &odd).unwrap();
+    for _ in 0..2 {
+        let mut dialer = Dialer::start(&odd, &cgroup, &namespace).unwrap();
+        assert!(dialer.is_refused(&call(Method::UdpConnect)).unwrap());
+        let denial = agent.denial().unwrap();
+        assert!(denial["process"]["exe"].as_str().unwrap().ends_with("dial\u{fffd}"), "{denial}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_no_end_of_reports() {
+    let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
+    let policies = tempfile::tempdir().unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$@\" > /dev/full", "sh"]).arg(binary().unwrap());
+    command.arg("run").arg("--policies").arg(policies.path()).arg("--cgroup").arg(cgroup.path());
+    let mut agent = Agent::spawn(command).unwrap();
+    agent.wait_for("policy applied generation=1 ").unwrap();
+    let mut dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
+    for lost in 1..=3 {
+        assert!(dialer.is_refused(&call(Method::UdpConnect)).unwrap());
+        agent.wait_for(&format!("lost={lost}")).unwrap();
+    }
+    assert_eq!(agent.stop().unwrap().0.code(), Some(0));
+}
+
+#[test]
+fn denials_without_room_are_counted_and_told() {
+    let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
+    let policies = tempfile::tempdir().unwrap();
+    let mut command = Command::new(binary().unwrap());
+    command.arg("run").arg("--policies").arg(policies.path()).arg("--cgroup").arg(cgroup.path());
+    let mut agent = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(agent.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(log.any(|line| line.contains("policy applied generation=1 ")));
+    let mut dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
+    dialer.time(&call(Method::UdpConnect), 30_000).unwrap();
+    assert!(log.any(|line| line.contains("denials were not reported") && line.contains("WARN")));
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+}
+
+/// In a pid namespace of its own the agent sees other processes under the numbers that the kernel reports.
+#[test]
+fn another_process_of_the_same_number_is_not_blamed() {
+    let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
+    let policies = tempfile::tempdir().unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount-proc"]).arg(binary().unwrap());
+    command
+        .arg("run")
+        .arg("--policies")
+        .arg(policies.path())
+        .arg("--cgroup")
+        .arg(cgroup.path())
+        .args(["--output", "json"]);
+    let mut agent = Agent::spawn(command).unwrap();
+    agent.wait_for("not in the host's pid namespace").unwrap();
+    agent.wait_for("policy applied generation=1 ").unwrap();
+    let mut dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
+    assert!(dialer.is_refused(&call(Method::UdpConnect)).unwrap());
+    let denial = agent.denial().unwrap();
+    assert_eq!(denial["process"]["comm"], "dial");
+    assert!(denial["process"].get("exe").is_none() && denial["process"].get("ppid").is_none(), "{denial}");
+}

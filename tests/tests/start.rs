@@ -141,6 +141,35 @@ fn something_that_is_not_a_file_does_not_block_the_start() {
 }
 
 #[test]
+fn a_pipe_does_not_block_the_start_even_if_it_is_named() {
+    let (cgroup, policies) = (Cgroup::new().unwrap(), policies(ENTRY));
+    let pipe = policies.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    ends(run_command(&pipe, cgroup.path()), 1, &["pipe"]);
+}
+
+#[test]
+fn a_policy_that_would_not_fit_memory_is_refused_with_numbers() {
+    use std::fmt::Write;
+    let mut text = String::new();
+    // Many ports open everywhere, and as many addresses that have one more each: every address needs all of the ranges.
+    for index in 0..3_000_u32 {
+        let low = format!("10.1.{}.{}", index >> 8, index & 255);
+        for (name, address, port) in [("all", "10.0.0.0/8", index * 2 + 1), ("one", &low, 60_000)] {
+            let _ = write!(
+                text,
+                "---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}{index}}}\nspec: \
+                 {{hosts: [{name}{index}.example.com], addresses: [{address}], ports: [{{number: {port}, name: p}}]}}\n"
+            );
+        }
+    }
+    let (cgroup, policies) = (Cgroup::new().unwrap(), policies(&text));
+    let (status, log) = outcome(run_command(policies.path(), cgroup.path()));
+    assert_eq!(status, Some(1));
+    assert!(log.contains("overlap") && log.contains("merge"), "{log}");
+}
+
+#[test]
 fn a_cgroup_that_is_not_there_is_a_usage_error() {
     let policies = policies(ENTRY);
     ends(run_command(policies.path(), Path::new("/no/such/cgroup")), 2, &["/no/such/cgroup"]);
@@ -240,6 +269,12 @@ fn one_agent_has_a_pin_directory_and_the_maps_are_there_while_it_runs() {
     let agent = Agent::start(policies.path(), &cgroup, &["--pin-dir", option]).unwrap();
     agent.stop().unwrap();
     assert!(bpffs.pins(&pins).unwrap().is_empty());
+
+    // Whoever could open the directory could lock it, and keep the agent from starting.
+    fs::set_permissions(&pins, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut open = run_command(policies.path(), cgroup.path());
+    open.args(["--pin-dir", option]);
+    ends(open, 4, &["chmod 700", option]);
 
     let mut elsewhere = run_command(policies.path(), cgroup.path());
     elsewhere.arg("--pin-dir").arg(policies.path());

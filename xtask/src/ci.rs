@@ -6,7 +6,9 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{build, install::Crate, process, step, test, toolchain::Toolchain, workspace::Workspace};
+use crate::{
+    build, docs as generated, install::Crate, process, step, test, toolchain::Toolchain, workspace::Workspace,
+};
 
 const DENY_VERSION: &str = "0.20.2";
 
@@ -18,6 +20,7 @@ pub fn ci(workspace: &Workspace) -> Result<()> {
     clippy_kernel(workspace)?;
     warnings_kernel(workspace, &toolchain)?;
     docs(workspace)?;
+    generated::check(workspace)?;
     deny(workspace)?;
     test::test(workspace, &[])
 }

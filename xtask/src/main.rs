@@ -1,12 +1,13 @@
 //! `cargo xtask`: builds, tests and runs this workspace, and fetches what that takes.
 //!
 //! It drives cargo, Debian's package tools and nothing else. It holds no product code, installs nothing on the system,
-//! and writes below `target/` only.
+//! and writes below `target/` only; but for `docs`, which writes the generated files.
 
 mod build;
 mod ci;
 mod companions;
 mod debian;
+mod docs;
 mod install;
 mod process;
 mod root;
@@ -56,6 +57,8 @@ enum Command {
         #[arg(last = true, value_name = "ARGS")]
         arguments: Vec<OsString>,
     },
+    /// Build, then write the generated files: schemas, the CRD, reference pages
+    Docs,
     /// All checks before a push: fmt, clippy, rustc warnings, docs, licences and sources, tests
     Ci,
 }
@@ -76,6 +79,7 @@ fn command(command: &Command) -> anyhow::Result<()> {
         Command::Build => build::build(&workspace),
         Command::Test { arguments } => test::test(&workspace, arguments),
         Command::Run { arguments } => run::run(&workspace, arguments),
+        Command::Docs => docs::docs(&workspace),
         Command::Ci => ci::ci(&workspace),
     }
 }

@@ -65,9 +65,11 @@ pub fn combine(policies: &PolicySet, workload: &Workload, context: &Context, mod
     }
 }
 
-/// `builtin/default` of `--default Deny`: every visible `ServiceEntry`, loopback and the resolvers.
+/// `builtin/default` of `--default Deny`: every visible `ServiceEntry`, loopback and the resolvers. On a host where no policy
+/// enforces, every entry is visible: a policy that only audits changes nothing.
 fn registry_only(policies: &PolicySet, workload: &Workload, context: &Context) -> Combined {
-    let host = policies.egress_policies.is_empty() && workload.pod.is_none();
+    let enforces = |policy: &EgressPolicy| policy.mode == Mode::Enforce;
+    let host = workload.pod.is_none() && !policies.egress_policies.iter().any(enforces);
     let namespace = workload.pod.as_ref().map_or("default", |pod| &pod.namespace);
     let visible = |entry: &&ServiceEntry| host || is_visible(entry, namespace);
     let mut statements: Vec<Statement> = policies

@@ -10,23 +10,31 @@
 //!
 //! IPv4, `::ffff:0:0/96`, is a root of its own: nothing is inherited into it.
 
-use std::{collections::HashMap, rc::Rc};
+use std::{
+    collections::{HashMap, HashSet},
+    rc::Rc,
+};
 
 use egress_common::{Action, Entries, Entry, Protocol, RuleId, Segment, SegmentList};
 
 use crate::{prefix::Prefix, ruleset::Table};
 
 use super::{
-    Ports, Statement,
+    CompileError, Ports, Statement,
     ports::{Cut, cut},
 };
 
+/// Most port ranges of a table: 12 bytes each in the kernel.
+const MAX_SEGMENTS: usize = 4 << 20;
+/// Most rules of all distinct sets of overlapping rules, each set counted with its size: 4 bytes each while compiling.
+const MAX_OVERLAPS: usize = 32 << 20;
+
 /// Flattens statements, which are in the order in which they are heard, first to last. `ids` names them.
-pub fn flatten(statements: &[Statement], ids: &[RuleId], default: Action) -> Table {
+pub fn flatten(statements: &[Statement], ids: &[RuleId], default: Action) -> Result<Table, CompileError> {
     let (items, changes) = itemize(statements);
     let mut values = Values::new(statements, ids, default);
-    let contents = compact(sweep(changes, &items, &mut values));
-    Table::new(contents, values.entries, values.segments)
+    let contents = compact(sweep(changes, &items, &mut values)?);
+    Ok(Table::new(contents, values.entries, values.segments))
 }
 
 /// Addresses that share a statement and its ports.
@@ -35,7 +43,7 @@ struct Item<'a> {
     ports: &'a [Ports],
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Change {
     /// Nothing; the prefix is there because it is a root.
     Root,
@@ -65,8 +73,13 @@ fn itemize(statements: &[Statement]) -> (Vec<Item<'_>>, Vec<(Prefix, Change)>) {
 }
 
 /// The value of each prefix at which something changes.
-fn sweep(mut changes: Vec<(Prefix, Change)>, items: &[Item<'_>], values: &mut Values<'_>) -> Vec<(Prefix, u32)> {
+fn sweep(
+    mut changes: Vec<(Prefix, Change)>,
+    items: &[Item<'_>],
+    values: &mut Values<'_>,
+) -> Result<Vec<(Prefix, u32)>, CompileError> {
     changes.sort_unstable();
+    let mut changes_here = Vec::new();
     let mut sets = Sets::new();
     let mut open: Vec<(Prefix, u32)> = Vec::new();
     let mut contents = Vec::new();
@@ -77,18 +90,25 @@ fn sweep(mut changes: Vec<(Prefix, Change)>, items: &[Item<'_>], values: &mut Va
             Some(&(_, set)) if prefix != Prefix::V4_ROOT => set,
             _ => Sets::EMPTY,
         };
-        let set = sets.change(inherited, group.iter().map(|&(_, change)| change));
+        changes_here.clear();
+        changes_here.extend(group.iter().map(|&(_, change)| change));
+        changes_here.dedup();
+        let set = sets.change(inherited, &changes_here)?;
         open.push((prefix, set));
-        contents.push((prefix, sets.value(set, |set| values.of(set.iter().map(|&item| &items[item as usize])))));
+        let value = sets.value(set, |set| values.of(set.iter().map(|&item| &items[item as usize])))?;
+        contents.push((prefix, value));
     }
-    contents
+    Ok(contents)
 }
 
 /// Distinct sets of items, each with the index of its value once that is known.
 struct Sets {
     ids: HashMap<Rc<[u32]>, u32>,
     known: Vec<(Rc<[u32]>, Option<u32>)>,
-    scratch: Vec<u32>,
+    /// What a set becomes by some changes: most prefixes repeat what others did.
+    steps: HashMap<(u32, Box<[Change]>), u32>,
+    /// Elements of all sets together.
+    elements: usize,
 }
 
 impl Sets {
@@ -96,41 +116,63 @@ impl Sets {
 
     fn new() -> Self {
         let empty: Rc<[u32]> = Rc::new([]);
-        Self { ids: HashMap::from([(Rc::clone(&empty), Self::EMPTY)]), known: vec![(empty, None)], scratch: Vec::new() }
+        Self {
+            ids: HashMap::from([(Rc::clone(&empty), Self::EMPTY)]),
+            known: vec![(empty, None)],
+            steps: HashMap::new(),
+            elements: 0,
+        }
     }
 
-    /// The set that differs from `from` by `changes`.
-    fn change(&mut self, from: u32, changes: impl Iterator<Item = Change>) -> u32 {
-        self.scratch.clear();
-        self.scratch.extend_from_slice(&self.known[from as usize].0);
-        for change in changes {
-            match change {
-                Change::Root => {}
-                Change::On(item) => {
-                    if let Err(at) = self.scratch.binary_search(&item) {
-                        self.scratch.insert(at, item);
-                    }
-                }
-                Change::Off(item) => {
-                    if let Ok(at) = self.scratch.binary_search(&item) {
-                        self.scratch.remove(at);
-                    }
-                }
-            }
+    /// The set that differs from `from` by `changes`, which are sorted.
+    fn change(&mut self, from: u32, changes: &[Change]) -> Result<u32, CompileError> {
+        let step = (from, Box::from(changes));
+        if let Some(&id) = self.steps.get(&step) {
+            return Ok(id);
         }
-        if let Some(&id) = self.ids.get(self.scratch.as_slice()) {
-            return id;
+        let set = changed(&self.known[from as usize].0, changes);
+        let id = match self.ids.get(set.as_slice()) {
+            Some(&id) => id,
+            None => self.add(set)?,
+        };
+        self.steps.insert(step, id);
+        Ok(id)
+    }
+
+    fn add(&mut self, set: Vec<u32>) -> Result<u32, CompileError> {
+        self.elements += set.len();
+        if self.elements > MAX_OVERLAPS {
+            return Err(CompileError::TooManyOverlaps { limit: MAX_OVERLAPS });
         }
-        let (set, id) = (Rc::<[u32]>::from(self.scratch.as_slice()), index(self.known.len()));
+        let (set, id) = (Rc::<[u32]>::from(set), index(self.known.len()));
         self.known.push((Rc::clone(&set), None));
         self.ids.insert(set, id);
-        id
+        Ok(id)
     }
 
-    fn value(&mut self, id: u32, resolve: impl FnOnce(&[u32]) -> u32) -> u32 {
+    fn value(
+        &mut self,
+        id: u32,
+        resolve: impl FnOnce(&[u32]) -> Result<u32, CompileError>,
+    ) -> Result<u32, CompileError> {
         let (set, value) = &mut self.known[id as usize];
-        *value.get_or_insert_with(|| resolve(set))
+        if let Some(value) = *value {
+            return Ok(value);
+        }
+        Ok(*value.insert(resolve(set)?))
     }
+}
+
+/// A sorted set with some items switched on, then others switched off.
+fn changed(set: &[u32], changes: &[Change]) -> Vec<u32> {
+    let on = changes.iter().filter_map(|change| if let Change::On(item) = change { Some(*item) } else { None });
+    let off: HashSet<u32> =
+        changes.iter().filter_map(|change| if let Change::Off(item) = change { Some(*item) } else { None }).collect();
+    let mut items: Vec<u32> = set.iter().copied().chain(on).filter(|item| !off.contains(item)).collect();
+    // Two sorted runs, which is what this sort is best at.
+    items.sort();
+    items.dedup();
+    items
 }
 
 /// Distinct trie values and the segments they point to.
@@ -149,18 +191,21 @@ impl<'a> Values<'a> {
     }
 
     /// The value of a set of items.
-    fn of<'b>(&mut self, items: impl Iterator<Item = &'b Item<'b>>) -> u32 {
+    fn of<'b>(&mut self, items: impl Iterator<Item = &'b Item<'b>>) -> Result<u32, CompileError> {
         let claims: Vec<(u32, Ports)> =
             items.flat_map(|item| item.ports.iter().map(|&ports| (item.rank, ports))).collect();
         let cuts = cut(&claims);
         if let Some(&value) = self.interned.get(&cuts) {
-            return value;
+            return Ok(value);
+        }
+        if self.segments.len() + cuts.len() > MAX_SEGMENTS {
+            return Err(CompileError::TooManyRanges { limit: MAX_SEGMENTS });
         }
         let value = index(self.entries.len());
         let entry = self.entry(&cuts);
         self.entries.push(entry);
         self.interned.insert(cuts, value);
-        value
+        Ok(value)
     }
 
     fn entry(&mut self, cuts: &[Cut]) -> Entry {
@@ -262,7 +307,7 @@ mod tests {
         let ports = vec![Ports { l4: L4::Tcp, low: 80, high: 80 }];
         let parts = vec![Part { blocks: prefixes.iter().map(block).collect(), ports }];
         let statement = Statement { name: RuleName::Builtin("x"), action: Action::Allow, parts };
-        let table = flatten(&[statement], &[rule_id(0)], Action::Deny);
+        let table = flatten(&[statement], &[rule_id(0)], Action::Deny).unwrap();
         table.entries().map(|(prefix, value)| format!("{prefix} {value}")).collect()
     }
 
@@ -292,5 +337,32 @@ mod tests {
         assert_eq!(holes, ["::/0 0", "0.0.0.0/0 0", "10.0.0.0/8 1", "10.1.0.0/16 0"]);
         let filled = kept(&[("10.0.0.0/8", &["10.1.0.0/16"]), ("10.1.2.0/24", &[])]);
         assert_eq!(filled, ["::/0 0", "0.0.0.0/0 0", "10.0.0.0/8 1", "10.1.0.0/16 0", "10.1.2.0/24 1"]);
+    }
+
+    /// `count` rules, each with a port of its own, on one prefix, and as many addresses below it: every address has a set
+    /// of its own, with all of the others' ports.
+    #[test]
+    fn what_would_not_fit_memory_is_refused() {
+        let rule = |index: u16| {
+            let port = index + 1;
+            let blocks =
+                ["10.0.0.0/8".parse().unwrap(), format!("10.{}.{}.1/32", index >> 8, index & 255).parse().unwrap()];
+            let at = |block: ipnet::IpNet, port| Part {
+                blocks: vec![block.into()],
+                ports: vec![Ports { l4: L4::Tcp, low: port, high: port }],
+            };
+            let parts = vec![at(blocks[0], port), at(blocks[1], port + 20_000)];
+            Statement { name: RuleName::Builtin("x"), action: Action::Allow, parts }
+        };
+        let compiled = |count: u16| {
+            let statements: Vec<Statement> = (0..count).map(rule).collect();
+            let ids: Vec<RuleId> = (0..statements.len()).map(rule_id).collect();
+            flatten(&statements, &ids, Action::Deny).map(|table| table.segments().len())
+        };
+        assert!(compiled(500).is_ok());
+        assert!(matches!(
+            compiled(8_000),
+            Err(CompileError::TooManyRanges { .. } | CompileError::TooManyOverlaps { .. })
+        ));
     }
 }

@@ -9,6 +9,7 @@ use super::{
     code::Code,
     diagnostic::{Finding, Severity, printable, quoted},
     path::FieldPath,
+    schema::Object,
     suggest::{choice, list, nearest},
     yaml::{Entry, Node, ScalarKind, Span, Value},
 };
@@ -34,12 +35,14 @@ pub enum Dialect {
 /// The known fields of an object that are there.
 #[derive(Debug)]
 pub struct Fields<'n> {
+    object: &'static Object,
     found: Vec<(&'static str, &'n Entry<'n>)>,
 }
 
 impl<'n> Fields<'n> {
     /// The value of a field.
     pub fn get(&self, name: &str) -> Option<&'n Node<'n>> {
+        debug_assert!(self.object.field(name).is_some(), "`{name}` is read and not described");
         self.found.iter().find(|(known, _)| *known == name).map(|(_, entry)| &entry.value)
     }
 
@@ -117,13 +120,13 @@ impl<'f> Decoder<'f> {
         &mut self,
         node: &'n Node<'n>,
         path: &FieldPath<'_>,
-        known: &[&'static str],
+        object: &'static Object,
         dialect: Dialect,
     ) -> Option<Fields<'n>> {
         let entries = self.mapping(node, path)?;
-        let mut fields = Fields { found: Vec::with_capacity(entries.len().min(known.len())) };
+        let mut fields = Fields { object, found: Vec::with_capacity(entries.len().min(object.fields.len())) };
         for entry in entries {
-            let name = self.known(entry, path, known, dialect);
+            let name = self.known(entry, path, object, dialect);
             if let Some(name) = name.filter(|name| !self.is_null(entry, path, name, dialect)) {
                 if fields.get(name).is_some() {
                     let message =
@@ -141,25 +144,26 @@ impl<'f> Decoder<'f> {
         &mut self,
         entry: &Entry<'_>,
         path: &FieldPath<'_>,
-        known: &[&'static str],
+        object: &'static Object,
         dialect: Dialect,
     ) -> Option<&'static str> {
         let key = &*entry.key;
-        if let Some(name) = known.iter().find(|name| **name == key) {
-            return Some(name);
+        if let Some(field) = object.field(key) {
+            return Some(field.name);
         }
         let path = path.field(key);
         if dialect == Dialect::Proto
-            && let Some(name) = known.iter().find(|name| snake_case(name) == key)
+            && let Some(name) = object.names().find(|name| snake_case(name) == key)
         {
             let message = format!("`{key}` is read as `{name}`, but the Kubernetes API server drops it");
             self.say(Code::SnakeCase, entry.key_span, &path, message, format!("write `{name}`"));
             return Some(name);
         }
         let message = format!("unknown field {}", quoted(key));
-        let help = match nearest(key, known.iter().copied()) {
+        let names: Vec<&str> = object.names().collect();
+        let help = match nearest(key, names.iter().copied()) {
             Some(name) => format!("did you mean `{name}`?"),
-            None => format!("the fields here are {}", list(known).replacen(" or ", " and ", 1)),
+            None => format!("the fields here are {}", list(&names).replacen(" or ", " and ", 1)),
         };
         self.say(Code::UnknownField, entry.key_span, &path, message, help);
         None

@@ -4,8 +4,7 @@
 //! could mean everything or nothing is refused.
 
 use super::{
-    DefaultAction, DnsQueries, DnsServers, EgressPolicy, Existing, Kind, Mode, NamespaceRef, RefuseWith, ServiceRef,
-    SocketProtocol, Toggle,
+    DnsQueries, DnsServers, EgressPolicy, Kind, Mode, NamespaceRef, ServiceRef, SocketProtocol,
     address::address,
     code::Code,
     decode::{Decoder, Dialect, Fields},
@@ -13,6 +12,9 @@ use super::{
     names::{is_namespace, is_object_name},
     object::metadata,
     path::FieldPath,
+    schema::egress_policy::{
+        ACTIONS, DNS, EXISTING, MODES, OBJECT, QUERIES, REFUSALS, SERVER_SETS, SOCKETS, SPEC, TOGGLES,
+    },
     suggest::choice,
     yaml::{Node, Value},
 };
@@ -22,41 +24,6 @@ mod ports;
 mod rules;
 mod selectors;
 pub mod unbuilt;
-
-/// Fields of the object.
-const OBJECT: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
-/// Fields of `spec`.
-const SPEC: [&str; 12] = [
-    "workloads",
-    "mode",
-    "services",
-    "allow",
-    "deny",
-    "defaultAction",
-    "loopback",
-    "dns",
-    "replies",
-    "protocols",
-    "existing",
-    "refuseWith",
-];
-
-const MODES: [(&str, Mode); 2] = [("Enforce", Mode::Enforce), ("Audit", Mode::Audit)];
-const ACTIONS: [(&str, DefaultAction); 2] = [("Deny", DefaultAction::Deny), ("Allow", DefaultAction::Allow)];
-const TOGGLES: [(&str, Toggle); 2] = [("Allow", Toggle::Allow), ("None", Toggle::None)];
-const QUERIES: [(&str, DnsQueries); 2] = [("Any", DnsQueries::Any), ("Named", DnsQueries::Named)];
-const EXISTING: [(&str, Existing); 2] = [("Keep", Existing::Keep), ("Terminate", Existing::Terminate)];
-const REFUSALS: [(&str, RefuseWith); 3] = [
-    ("EPERM", RefuseWith::Eperm),
-    ("ECONNREFUSED", RefuseWith::Econnrefused),
-    ("EHOSTUNREACH", RefuseWith::Ehostunreach),
-];
-const SOCKETS: [(&str, SocketProtocol); 4] = [
-    ("ICMP", SocketProtocol::Icmp),
-    ("SCTP", SocketProtocol::Sctp),
-    ("UDPLite", SocketProtocol::UdpLite),
-    ("RAW", SocketProtocol::Raw),
-];
 
 /// Reads an object; `None` if anything is wrong with it.
 pub fn decode(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<EgressPolicy> {
@@ -112,7 +79,7 @@ impl Reader<'_, '_, '_> {
     fn dns(&mut self) -> (Option<DnsServers>, Option<DnsQueries>) {
         let Some(node) = self.fields.get("dns") else { return (None, None) };
         let path = self.path.field("dns");
-        let Some(fields) = self.decoder.fields(node, &path, &["servers", "queries"], Dialect::Strict) else {
+        let Some(fields) = self.decoder.fields(node, &path, &DNS, Dialect::Strict) else {
             return (None, None);
         };
         let mut reader = Reader { decoder: self.decoder, fields: &fields, path: &path };
@@ -130,7 +97,7 @@ fn dns_servers(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>)
             _ => {
                 let help = match address(text) {
                     Ok(_) => format!("write a list: `servers: [{text}]`"),
-                    Err(_) => format!("{}, or a list of IP addresses", choice(text, &["System", "None"])),
+                    Err(_) => format!("{}, or a list of IP addresses", choice(text, &SERVER_SETS)),
                 };
                 decoder.say(code, node.span, path, format!("{} is not a value of this field", quoted(text)), help);
                 None

@@ -35,6 +35,8 @@ pub const MAX_TOTAL: u64 = 256 << 20;
 pub struct LoadOptions {
     /// Refuse files that others than root can write or replace, as the daemon must.
     pub require_root_owned: bool,
+    /// The files are followed: read only regular files, and none that is open for writing.
+    pub follow: bool,
 }
 
 /// Why nothing could be read.
@@ -48,6 +50,12 @@ pub enum LoadError {
         /// Why.
         #[source]
         cause: io::Error,
+    },
+    /// A file is being written.
+    #[error("{} is open for writing; it counts when it is closed", path.display())]
+    BeingWritten {
+        /// The file.
+        path: PathBuf,
     },
     /// No path was named.
     #[error("no policy file or directory was named")]
@@ -138,6 +146,7 @@ pub fn load(paths: &[PathBuf], options: &LoadOptions) -> Result<Loaded, LoadErro
                 loader.files += 1;
                 loader.findings.push(Finding::about_file(code, &file, message).with_help(help));
             }
+            Err(files::ReadError::BeingWritten) => return Err(LoadError::BeingWritten { path: found.path }),
             Err(files::ReadError::Named(cause)) => return Err(LoadError::Unreadable { path: found.path, cause }),
         }
     }

@@ -9,6 +9,7 @@ use super::{
     diagnostic::quoted,
     names::{is_namespace, is_object_name},
     path::FieldPath,
+    schema::metadata::METADATA,
     suggest::{list, nearest},
     yaml::{Node, Span, Value},
 };
@@ -139,26 +140,6 @@ pub struct Metadata {
     /// Where the name stands.
     pub name_span: Span,
 }
-
-/// Fields that Kubernetes knows in `metadata`; those that are not read below are only its own business.
-const METADATA: [&str; 16] = [
-    "name",
-    "namespace",
-    "labels",
-    "annotations",
-    "generateName",
-    "creationTimestamp",
-    "deletionTimestamp",
-    "deletionGracePeriodSeconds",
-    "resourceVersion",
-    "uid",
-    "generation",
-    "managedFields",
-    "ownerReferences",
-    "finalizers",
-    "selfLink",
-    "clusterName",
-];
 
 /// Reads `metadata`.
 pub fn metadata(

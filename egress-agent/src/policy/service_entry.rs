@@ -16,6 +16,7 @@ use super::{
     names::host_pattern,
     object::{Metadata, metadata},
     path::FieldPath,
+    schema::service_entry::{LOCATIONS, OBJECT, RESOLUTIONS, SPEC, WORKLOAD_SELECTOR},
     yaml::{Node, ScalarKind, Span, Value},
 };
 
@@ -24,34 +25,8 @@ mod export;
 mod ports;
 mod rules;
 
+pub(in crate::policy) use ports::Family;
 use ports::Port;
-
-/// Fields of the object.
-const OBJECT: [&str; 5] = ["apiVersion", "kind", "metadata", "spec", "status"];
-/// Fields of `spec`.
-const SPEC: [&str; 9] = [
-    "hosts",
-    "addresses",
-    "ports",
-    "location",
-    "resolution",
-    "endpoints",
-    "workloadSelector",
-    "exportTo",
-    "subjectAltNames",
-];
-
-/// Values of `spec.location`, in the order of their numbers.
-const LOCATIONS: [(&str, Location); 2] =
-    [("MESH_EXTERNAL", Location::MeshExternal), ("MESH_INTERNAL", Location::MeshInternal)];
-/// Values of `spec.resolution`, in the order of their numbers.
-const RESOLUTIONS: [(&str, Resolution); 5] = [
-    ("NONE", Resolution::None),
-    ("STATIC", Resolution::Static),
-    ("DNS", Resolution::Dns),
-    ("DNS_ROUND_ROBIN", Resolution::DnsRoundRobin),
-    ("DYNAMIC_DNS", Resolution::DynamicDns),
-];
 
 /// Reads an object; `None` if anything is wrong with it.
 pub fn decode(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<ServiceEntry> {
@@ -231,7 +206,7 @@ fn status_addresses(status: &Node<'_>) -> Vec<IpNet> {
 
 /// `workloadSelector`, which holds labels and nothing else.
 fn selector(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<BTreeMap<String, String>> {
-    let fields = decoder.fields(node, path, &["labels"], Dialect::Proto)?;
+    let fields = decoder.fields(node, path, &WORKLOAD_SELECTOR, Dialect::Proto)?;
     let path = path.field("labels");
     let Some(node) = fields.get("labels") else { return Some(BTreeMap::new()) };
     let labels = decoder.text_map(node, &path)?;

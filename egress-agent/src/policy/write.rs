@@ -4,7 +4,7 @@
 
 use std::{fmt::Write as _, net::IpAddr};
 
-use super::{EgressPolicy, L4, LabelOperator, LabelRequirement, PodSelector, Selector, User};
+use super::{EgressPolicy, L4, LabelOperator, LabelRequirement, PodSelector, Selector, User, names::fqdn};
 
 /// A destination that a document is to allow.
 #[derive(Debug, Clone, Copy)]
@@ -20,15 +20,19 @@ pub struct Wanted<'a> {
 }
 
 impl Wanted<'_> {
-    /// `allow-203-0-113-9-3306`: a name that Kubernetes accepts.
+    /// `allow-tcp-203-0-113-9-3306`: a name that Kubernetes accepts, and that no other destination has.
     fn name(&self) -> String {
-        let address = self.address.to_string().replace([':', '.'], "-");
-        format!("allow-{}-{}", address.trim_matches('-').replace("--", "-0-"), self.port)
+        let address = match self.address {
+            IpAddr::V4(v4) => v4.octets().map(|byte| byte.to_string()).join("-"),
+            IpAddr::V6(v6) => v6.segments().map(|segment| format!("{segment:x}")).join("-"),
+        };
+        format!("allow-{}-{address}-{}", self.l4.as_str().to_lowercase(), self.port)
     }
 
-    /// `hosts` must not be empty, and an address is not a host name.
+    /// `hosts` must not be empty, an address is not a host name, and resolvers know names that documents may not have.
     fn host(&self) -> String {
-        self.host.map_or_else(|| format!("{}.external", self.name()), str::to_owned)
+        let named = self.host.and_then(|host| fqdn(host).ok());
+        named.unwrap_or_else(|| format!("{}.external", self.name()))
     }
 
     fn cidr(&self) -> String {
@@ -172,6 +176,30 @@ mod tests {
             assert!(!loaded.has_errors(), "{text}\n{:#?}", loaded.findings);
             assert_eq!(loaded.policies.service_entries.len(), 1);
         }
+    }
+
+    #[test]
+    fn a_host_that_no_document_may_have_is_left_out() {
+        for host in ["my_db.example.com", "db-.example.com", "a..b", "123", "1.2.3.4", "-", "*.example.com"] {
+            let text = service_entry(&Wanted { host: Some(host), ..wanted("203.0.113.9") }, "shop");
+            let loaded = load_text("written.yaml", &text);
+            assert!(!loaded.has_errors(), "{text}\n{:#?}", loaded.findings);
+            assert!(text.contains("- allow-udp-203-0-113-9-3306.external\n"), "{text}");
+        }
+        let text = service_entry(&Wanted { host: Some("db.example.com"), ..wanted("203.0.113.9") }, "shop");
+        assert!(text.contains("- db.example.com\n"), "{text}");
+    }
+
+    #[test]
+    fn every_destination_has_a_name_of_its_own() {
+        let mut names: Vec<String> = ["203.0.113.9", "::1", "1::", "1::2:0:3", "1:0:2::3"]
+            .map(wanted)
+            .into_iter()
+            .flat_map(|udp| [udp.name(), Wanted { l4: L4::Tcp, ..udp }.name(), Wanted { port: 53, ..udp }.name()])
+            .collect();
+        assert_eq!(names[1], "allow-tcp-203-0-113-9-3306");
+        names.sort();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub(super) fn decode(
 }
 
 fn peer(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>, effect: Effect) -> Option<Peer> {
-    let fields = decoder.fields(node, path, &["cidr", "except", "host"], Dialect::Strict)?;
+    let fields = decoder.fields(node, path, effect.peer(), Dialect::Strict)?;
     match (fields.get("cidr"), fields.get("host")) {
         (Some(cidr), None) => {
             let cidr = prefix(decoder, cidr, &path.field("cidr"))?;

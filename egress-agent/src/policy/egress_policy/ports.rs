@@ -1,10 +1,10 @@
 //! `ports`: ports and ranges of a protocol.
 
 use super::{Code, Decoder, Dialect, FieldPath, Node, rules::not_empty};
-use crate::policy::{L4, PortRange};
-
-/// Values of `protocol`; `None` is TCP and UDP.
-const PROTOCOLS: [(&str, Option<L4>); 3] = [("TCP", Some(L4::Tcp)), ("UDP", Some(L4::Udp)), ("Any", None)];
+use crate::policy::{
+    L4, PortRange,
+    schema::egress_policy::{PORT_RANGE, PROTOCOLS},
+};
 
 /// Reads the list.
 pub(super) fn decode(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<Vec<PortRange>> {
@@ -14,7 +14,7 @@ pub(super) fn decode(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPat
 }
 
 fn range(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<PortRange> {
-    let fields = decoder.fields(node, path, &["port", "endPort", "protocol"], Dialect::Strict)?;
+    let fields = decoder.fields(node, path, &PORT_RANGE, Dialect::Strict)?;
     if fields.names().next().is_none() {
         let help = "write `port: 443`, or `protocol: Any` for every port";
         decoder.say(Code::BadPortRange, node.span, path, "an item without `port` and `protocol`", help);

@@ -1,13 +1,37 @@
 //! `allow` and `deny`.
 
 use super::{Code, Decoder, Dialect, FieldPath, Node, peers, ports};
-use crate::policy::Rule;
+use crate::policy::{
+    Rule,
+    schema::{
+        Object,
+        egress_policy::{ALLOW_PEER, ALLOW_RULE, DENY_PEER, DENY_RULE},
+    },
+};
 
 /// Which of the two lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Effect {
     Allow,
     Deny,
+}
+
+impl Effect {
+    /// What an item looks like.
+    pub(super) const fn rule(self) -> &'static Object {
+        match self {
+            Self::Allow => &ALLOW_RULE,
+            Self::Deny => &DENY_RULE,
+        }
+    }
+
+    /// What an item of `to` looks like.
+    pub(super) const fn peer(self) -> &'static Object {
+        match self {
+            Self::Allow => &ALLOW_PEER,
+            Self::Deny => &DENY_PEER,
+        }
+    }
 }
 
 /// Reads the list. An empty one says nothing, as its absence does.
@@ -22,7 +46,7 @@ pub(super) fn decode(
 }
 
 fn rule(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>, effect: Effect) -> Option<Rule> {
-    let fields = decoder.fields(node, path, &["to", "ports"], Dialect::Strict)?;
+    let fields = decoder.fields(node, path, effect.rule(), Dialect::Strict)?;
     let to = match fields.get("to") {
         Some(node) => Some(peers::decode(decoder, node, &path.field("to"), effect)?),
         None => None,

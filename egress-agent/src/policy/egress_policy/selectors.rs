@@ -6,17 +6,10 @@ use super::{Code, Decoder, Dialect, FieldPath, Node, quoted, rules::not_empty};
 use crate::policy::{
     LabelOperator, LabelRequirement, PodSelector, Selector, User,
     names::{is_label_key, is_label_value, is_namespace},
+    schema::egress_policy::{OPERATORS, POD, REQUIREMENT, SELECTOR},
     yaml::{ScalarKind, Value},
 };
 
-const KINDS: [&str; 4] = ["cgroup", "unit", "pod", "user"];
-const POD: [&str; 4] = ["matchLabels", "matchExpressions", "namespaces", "namespaceLabels"];
-const OPERATORS: [(&str, LabelOperator); 4] = [
-    ("In", LabelOperator::In),
-    ("NotIn", LabelOperator::NotIn),
-    ("Exists", LabelOperator::Exists),
-    ("DoesNotExist", LabelOperator::DoesNotExist),
-];
 /// Suffixes of systemd units that can hold processes.
 const UNIT_TYPES: [&str; 3] = [".service", ".scope", ".slice"];
 
@@ -28,7 +21,7 @@ pub(super) fn decode(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPat
 }
 
 fn selector(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<Selector> {
-    let fields = decoder.fields(node, path, &KINDS, Dialect::Strict)?;
+    let fields = decoder.fields(node, path, &SELECTOR, Dialect::Strict)?;
     let mut names = fields.names();
     let (Some(name), None) = (names.next(), names.next()) else {
         let message = "an item selects by exactly one of `cgroup`, `unit`, `pod` and `user`";
@@ -192,7 +185,7 @@ fn value(decoder: &mut Decoder<'_>, text: &str, span: super::super::yaml::Span, 
 }
 
 fn requirement(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<LabelRequirement> {
-    let fields = decoder.fields(node, path, &["key", "operator", "values"], Dialect::Strict)?;
+    let fields = decoder.fields(node, path, &REQUIREMENT, Dialect::Strict)?;
     let required = (Code::BadLabelSelector, "name the label");
     let key_node = decoder.required(&fields, "key", node.span, path, required);
     let required = (Code::BadLabelSelector, "write `In`, `NotIn`, `Exists` or `DoesNotExist`");

@@ -4,7 +4,8 @@
 //! explains reads them as what they will mean.
 
 use crate::policy::{
-    DnsQueries, EgressPolicy, Existing, RefuseWith, Selector, code::Code, diagnostic::Finding, yaml::Span,
+    DefaultAction, DnsQueries, EgressPolicy, Existing, RefuseWith, Selector, code::Code, diagnostic::Finding,
+    yaml::Span,
 };
 
 /// A field, and whether a policy depends on it.
@@ -41,6 +42,11 @@ const FIELDS: &[Field] = &[
         path: "spec.protocols",
         what: "sockets beyond TCP and UDP",
         is_used: |p| p.protocols.as_ref().is_some_and(|protocols| !protocols.is_empty()),
+    },
+    Field {
+        path: "spec.replies",
+        what: "`Allow`: answers of UDP servers",
+        is_used: |p| p.replies == Some(DefaultAction::Allow),
     },
     Field { path: "spec.existing", what: "`Terminate`", is_used: |p| p.existing == Some(Existing::Terminate) },
     Field {

@@ -12,18 +12,18 @@ const EVERY_PORT: &[PortRange] = &[PortRange { l4: None, low: 0, high: u16::MAX 
 /// A rule, prepared for the question whether others lie within it.
 pub(super) struct Cover<'r> {
     rule: &'r Rule,
-    /// Prefixes without exceptions.
-    nets: HashSet<IpNet>,
+    /// Prefixes without exceptions, sorted; none lies within another.
+    nets: Vec<IpNet>,
     hosts: HashSet<&'r HostPattern>,
 }
 
 impl<'r> Cover<'r> {
     pub(super) fn new(rule: &'r Rule) -> Self {
-        let mut cover = Self { rule, nets: HashSet::new(), hosts: HashSet::new() };
+        let mut cover = Self { rule, nets: Vec::new(), hosts: HashSet::new() };
         for peer in rule.to.iter().flatten() {
             match peer {
                 Peer::Cidr { cidr, except } if except.is_empty() => {
-                    cover.nets.insert(*cidr);
+                    cover.nets.push(*cidr);
                 }
                 Peer::Cidr { .. } => {}
                 Peer::Host(host) => {
@@ -31,6 +31,8 @@ impl<'r> Cover<'r> {
                 }
             }
         }
+        cover.nets.sort_unstable();
+        cover.nets.dedup_by(|net, kept| kept.contains(&*net));
         cover
     }
 
@@ -50,9 +52,10 @@ impl<'r> Cover<'r> {
         }
     }
 
-    /// Whether a prefix lies within one of the rule's own.
-    pub(super) fn covers_net(&self, net: IpNet) -> bool {
-        self.rule.to.is_none() || std::iter::successors(Some(net), IpNet::supernet).any(|net| self.nets.contains(&net))
+    /// Whether a prefix lies within one of the rule's own: only the last that begins at or before it can be around it.
+    fn covers_net(&self, net: IpNet) -> bool {
+        let after = self.nets.partition_point(|own| *own <= net);
+        self.nets[..after].last().is_some_and(|own| own.contains(&net))
     }
 
     fn covers_ports(&self, ports: Option<&[PortRange]>) -> bool {

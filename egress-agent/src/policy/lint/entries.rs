@@ -1,18 +1,22 @@
 //! Lints of `ServiceEntry`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-use super::{denies_for_all, metadata_services, say};
+use ipnet::IpNet;
+
+use super::say;
 use crate::policy::{
-    EndpointAddress, ExportTo, HostPattern, NamespaceRef, PolicySet, ServiceEntry, code::Code, diagnostic::Finding,
+    EndpointAddress, ExportTo, HostPattern, NamespaceRef, PolicySet, ServiceEntry, ServiceRef, code::Code,
+    diagnostic::Finding,
 };
 
 /// Protocols that name the host they want.
 const NAMING: [&str; 7] = ["HTTP", "HTTP2", "HTTP_PROXY", "GRPC", "GRPC-WEB", "HTTPS", "TLS"];
 
-pub(super) fn lint(set: &PolicySet, findings: &mut Vec<Finding>) {
+/// `open`: the metadata services that are not denied for all.
+pub(super) fn lint(set: &PolicySet, open: &[IpNet], findings: &mut Vec<Finding>) {
     for entry in &set.service_entries {
-        addresses(entry, set, findings);
+        addresses(entry, open, findings);
         names(entry, findings);
         reach(entry, findings);
     }
@@ -20,14 +24,13 @@ pub(super) fn lint(set: &PolicySet, findings: &mut Vec<Finding>) {
     exported_to_all(set, findings);
 }
 
-fn addresses(entry: &ServiceEntry, set: &PolicySet, findings: &mut Vec<Finding>) {
+fn addresses(entry: &ServiceEntry, open: &[IpNet], findings: &mut Vec<Finding>) {
     if entry.addresses.iter().any(|net| net.prefix_len() == 0) {
         let what = "this entry opens every address of a family";
         say(findings, Code::EntryOpensAny, &entry.at, "spec.addresses", (what, "list the addresses of the service"));
     }
-    for address in metadata_services() {
-        let denied = set.egress_policies.iter().any(|policy| denies_for_all(policy, address));
-        if !denied && entry.addresses.iter().any(|net| net.contains(&address)) {
+    for address in open {
+        if entry.addresses.iter().any(|net| net.contains(address)) {
             let what = format!("the cloud's metadata service {} can be reached", address.addr());
             let help = "take it out of the prefix, or deny it in an EgressPolicy";
             say(findings, Code::MetadataReachable, &entry.at, "spec.addresses", (what, help));
@@ -76,12 +79,16 @@ fn reach(entry: &ServiceEntry, findings: &mut Vec<Finding>) {
 
 /// The first entry of each host is what later ones are compared with.
 fn disagreements(set: &PolicySet, findings: &mut Vec<Finding>) {
-    let mut first: HashMap<&HostPattern, &ServiceEntry> = HashMap::new();
-    for entry in &set.service_entries {
+    let mut first: HashMap<&HostPattern, usize> = HashMap::new();
+    let mut numbers = HashMap::new();
+    let described: Vec<_> = set.service_entries.iter().map(|entry| Described::new(entry, &mut numbers)).collect();
+    for (own, entry) in set.service_entries.iter().enumerate() {
+        let mut differences: HashMap<usize, Option<&str>> = HashMap::new();
         for (index, host) in entry.hosts.iter().enumerate() {
-            let Some(other) = first.insert(host, entry).filter(|other| other.object != entry.object) else { continue };
-            first.insert(host, other);
-            if let Some(field) = difference(entry, other) {
+            let other = *first.entry(host).or_insert(own);
+            let compare = || difference(&described[own], &described[other]);
+            if let Some(field) = *differences.entry(other).or_insert_with(compare) {
+                let other = &set.service_entries[other];
                 let what = format!("{} describes `{host}` with other {field}, at {}", other.object, other.at);
                 let help = "what either opens is open; keep one entry for each host";
                 say(findings, Code::EntriesDisagree, &entry.at, format!("spec.hosts[{index}]"), (what, help));
@@ -90,38 +97,60 @@ fn disagreements(set: &PolicySet, findings: &mut Vec<Finding>) {
     }
 }
 
-fn difference(a: &ServiceEntry, b: &ServiceEntry) -> Option<&'static str> {
-    let sorted = |entry: &ServiceEntry| {
+/// What an entry says of its hosts, ready to be compared often.
+struct Described<'s> {
+    entry: &'s ServiceEntry,
+    /// The same number for the same addresses.
+    addresses: usize,
+    /// What is said of each port.
+    protocols: HashMap<u16, BTreeSet<Option<&'static str>>>,
+}
+
+impl<'s> Described<'s> {
+    /// `numbers`: those of the addresses seen so far.
+    fn new(entry: &'s ServiceEntry, numbers: &mut HashMap<Vec<IpNet>, usize>) -> Self {
         let mut nets = entry.addresses.clone();
-        nets.sort();
-        nets
+        nets.sort_unstable();
+        let next = numbers.len();
+        let addresses = *numbers.entry(nets).or_insert(next);
+        let mut protocols: HashMap<_, BTreeSet<_>> = HashMap::new();
+        for port in &entry.ports {
+            protocols.entry(port.number).or_default().insert(port.app_protocol);
+        }
+        Self { entry, addresses, protocols }
+    }
+}
+
+fn difference(a: &Described<'_>, b: &Described<'_>) -> Option<&'static str> {
+    let (few, many) = if a.protocols.len() < b.protocols.len() { (a, b) } else { (b, a) };
+    let protocols_differ = || {
+        few.protocols.iter().any(|(port, protocols)| many.protocols.get(port).is_some_and(|other| other != protocols))
     };
-    let protocols_differ = a
-        .ports
-        .iter()
-        .any(|port| b.ports.iter().any(|other| other.number == port.number && other.app_protocol != port.app_protocol));
     match () {
-        () if a.resolution != b.resolution => Some("`resolution`"),
-        () if a.location != b.location => Some("`location`"),
-        () if sorted(a) != sorted(b) => Some("`addresses`"),
-        () if protocols_differ => Some("protocols"),
+        () if a.entry.resolution != b.entry.resolution => Some("`resolution`"),
+        () if a.entry.location != b.entry.location => Some("`location`"),
+        () if a.addresses != b.addresses => Some("`addresses`"),
+        () if protocols_differ() => Some("protocols"),
         () => None,
     }
 }
 
 /// A policy that lists services, and not all, expects that the others stay out of reach.
 fn exported_to_all(set: &PolicySet, findings: &mut Vec<Finding>) {
-    let limits =
-        |references: &Vec<_>| !references.iter().any(|r: &crate::policy::ServiceRef| r.namespace == NamespaceRef::Any);
+    let limits = |references: &Vec<ServiceRef>| !references.iter().any(|r| r.namespace == NamespaceRef::Any);
     let limiting: Vec<_> =
         set.egress_policies.iter().filter(|policy| policy.services.as_ref().is_some_and(limits)).collect();
     let Some(example) = limiting.first() else { return };
+    let references = limiting.iter().flat_map(|policy| policy.services.iter().flatten());
+    let shared: HashSet<(&str, Option<&str>)> = references
+        .filter_map(|reference| match &reference.namespace {
+            NamespaceRef::Named(namespace) => Some((namespace.as_str(), reference.name.as_deref())),
+            NamespaceRef::Own | NamespaceRef::Any => None,
+        })
+        .collect();
     for entry in set.service_entries.iter().filter(|entry| entry.export_to == ExportTo::All) {
-        let is_shared = limiting.iter().flat_map(|policy| policy.services.iter().flatten()).any(|reference| {
-            matches!(&reference.namespace, NamespaceRef::Named(name) if **name == *entry.object.namespace)
-                && reference.name.as_ref().is_none_or(|name| **name == *entry.object.name)
-        });
-        if !is_shared {
+        let (namespace, name) = (&*entry.object.namespace, &*entry.object.name);
+        if !shared.contains(&(namespace, None)) && !shared.contains(&(namespace, Some(name))) {
             let what =
                 format!("this entry is exported to every namespace, and {} keeps services apart", example.object);
             let help = "write `exportTo: [\".\"]`, or the namespaces that need it";

@@ -1,23 +1,34 @@
 //! Lints of `EgressPolicy`.
 
+use std::collections::{HashMap, HashSet};
+
+use ipnet::IpNet;
+
 use super::{
     coverage::{Cover, includes},
-    denies, denies_for_all, metadata_services, say,
+    denies, say,
 };
 use crate::policy::{
     DefaultAction, EgressPolicy, ExportTo, Mode, NamespaceRef, Peer, PolicySet, Position, Rule, Selector, ServiceEntry,
-    ServiceRef, code::Code, diagnostic::Finding,
+    code::Code, diagnostic::Finding,
 };
 
-/// Rules of one list beyond which they are not compared with each other.
-const MOST_COMPARED: usize = 2000;
+/// Comparisons of one rule with one peer or one port of another that there is time for, in all policies together. A
+/// policy that needs more than are left is not looked at in this way.
+const MOST_COMPARISONS: usize = 16 << 20;
 
-pub(super) fn lint(set: &PolicySet, findings: &mut Vec<Finding>) {
+/// `open`: the metadata services that are not denied for all.
+pub(super) fn lint(set: &PolicySet, open: &[IpNet], findings: &mut Vec<Finding>) {
+    let known = Services::new(&set.service_entries);
+    let mut comparisons = MOST_COMPARISONS;
     for policy in &set.egress_policies {
         any_address(policy, findings);
-        within_each_other(policy, findings);
-        services(policy, set, findings);
-        metadata_service(policy, set, findings);
+        if let Some(left) = comparisons.checked_sub(comparisons_of(policy)) {
+            comparisons = left;
+            within_each_other(policy, findings);
+        }
+        services(policy, &known, findings);
+        metadata_service(policy, open, findings);
     }
     audit_only(set, findings);
 }
@@ -40,10 +51,15 @@ fn any_address(policy: &EgressPolicy, findings: &mut Vec<Finding>) {
     }
 }
 
+/// Every rule with every peer, and every port with every port.
+fn comparisons_of(policy: &EgressPolicy) -> usize {
+    let sum = |size: fn(&Rule) -> usize| policy.allow.iter().chain(&policy.deny).map(size).sum::<usize>();
+    let (rules, peers) = (sum(|_| 1), sum(|rule| rule.to.as_ref().map_or(1, Vec::len)));
+    let ports = sum(|rule| rule.ports.as_ref().map_or(1, Vec::len));
+    rules.saturating_mul(peers).saturating_add(ports.saturating_mul(ports))
+}
+
 fn within_each_other(policy: &EgressPolicy, findings: &mut Vec<Finding>) {
-    if policy.allow.len().max(policy.deny.len()) > MOST_COMPARED {
-        return;
-    }
     let denies: Vec<Cover<'_>> = policy.deny.iter().map(Cover::new).collect();
     let allows: Vec<Cover<'_>> = policy.allow.iter().map(Cover::new).collect();
     for (index, rule) in policy.allow.iter().enumerate() {
@@ -71,47 +87,62 @@ fn redundant(rules: &[Rule], covers: &[Cover<'_>], list: &str, findings: &mut Ve
     }
 }
 
-fn services(policy: &EgressPolicy, set: &PolicySet, findings: &mut Vec<Finding>) {
+/// The entries that references can mean.
+struct Services<'s> {
+    names: HashSet<&'s str>,
+    /// Of a namespace, and of a namespace and a name.
+    exports: HashMap<(&'s str, Option<&'s str>), Exports<'s>>,
+}
+
+/// Who sees some of several entries.
+#[derive(Default)]
+struct Exports<'s> {
+    all: bool,
+    namespaces: HashSet<&'s str>,
+}
+
+impl<'s> Services<'s> {
+    fn new(entries: &'s [ServiceEntry]) -> Self {
+        let mut services = Self { names: HashSet::new(), exports: HashMap::new() };
+        for ServiceEntry { object, export_to, .. } in entries {
+            services.names.insert(&object.name);
+            for name in [None, Some(&*object.name)] {
+                let exports = services.exports.entry((&object.namespace, name)).or_default();
+                match export_to {
+                    ExportTo::All => exports.all = true,
+                    ExportTo::Namespaces(names) => exports.namespaces.extend(names.iter().map(String::as_str)),
+                    ExportTo::Nobody => {}
+                }
+            }
+        }
+        services
+    }
+}
+
+fn services(policy: &EgressPolicy, known: &Services<'_>, findings: &mut Vec<Finding>) {
     // A pod's own namespace is its, not the policy's, so only the name can be looked for.
     let selects_pods = policy.workloads.iter().flatten().any(|selector| matches!(selector, Selector::Pod(_)));
+    let own = &*policy.object.namespace;
     for (index, reference) in policy.services.iter().flatten().enumerate() {
-        let own = &*policy.object.namespace;
-        let named: Vec<&ServiceEntry> =
-            set.service_entries.iter().filter(|entry| is_meant(reference, entry, own, selects_pods)).collect();
-        let visible = named.iter().any(|entry| selects_pods || is_exported(entry, own));
-        let what = match (&reference.namespace, &reference.name) {
-            _ if visible => continue,
+        let name = reference.name.as_deref();
+        let meant = match (&reference.namespace, name) {
             (NamespaceRef::Any, _) | (NamespaceRef::Own, None) => continue,
-            _ if named.is_empty() => "there is no such ServiceEntry".to_owned(),
-            _ => format!("it is not exported to the namespace `{own}`"),
+            (NamespaceRef::Own, Some(name)) if selects_pods && known.names.contains(name) => continue,
+            (NamespaceRef::Own, Some(_)) => known.exports.get(&(own, name)),
+            (NamespaceRef::Named(namespace), _) => known.exports.get(&(namespace, name)),
+        };
+        let what = match meant {
+            Some(exports) if selects_pods || exports.all || exports.namespaces.contains(own) => continue,
+            Some(_) => format!("it is not exported to the namespace `{own}`"),
+            None => "there is no such ServiceEntry".to_owned(),
         };
         let help = "correct the reference, add the entry, or add the namespace to its `exportTo`";
         say(findings, Code::DanglingService, &reference.at, format!("spec.services[{index}]"), (what, help));
     }
 }
 
-fn is_meant(reference: &ServiceRef, entry: &ServiceEntry, own: &str, selects_pods: bool) -> bool {
-    let namespace = match &reference.namespace {
-        NamespaceRef::Own => selects_pods || *entry.object.namespace == *own,
-        NamespaceRef::Any => true,
-        NamespaceRef::Named(name) => *entry.object.namespace == **name,
-    };
-    namespace && reference.name.as_ref().is_none_or(|name| *entry.object.name == **name)
-}
-
-fn is_exported(entry: &ServiceEntry, namespace: &str) -> bool {
-    match &entry.export_to {
-        ExportTo::All => true,
-        ExportTo::Namespaces(names) => names.iter().any(|name| name == namespace),
-        ExportTo::Nobody => false,
-    }
-}
-
-fn metadata_service(policy: &EgressPolicy, set: &PolicySet, findings: &mut Vec<Finding>) {
-    for address in metadata_services() {
-        if denies(policy, address) || set.egress_policies.iter().any(|other| denies_for_all(other, address)) {
-            continue;
-        }
+fn metadata_service(policy: &EgressPolicy, open: &[IpNet], findings: &mut Vec<Finding>) {
+    for &address in open.iter().filter(|&&address| !denies(policy, address)) {
         let mut report = |at: &Position, path: String| {
             let message = format!("the cloud's metadata service {} can be reached", address.addr());
             let help = format!("deny it: `deny: [ {{ to: [ {{ cidr: \"{address}\" }} ] }} ]`");

@@ -5,7 +5,7 @@ use std::{
     ffi::OsString,
     fs::{self, File, Metadata},
     io::{self, Read as _},
-    os::unix::fs::MetadataExt as _,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Component, Path, PathBuf},
 };
 
@@ -30,6 +30,26 @@ pub(super) enum ReadError {
     Finding(Code, String, &'static str),
     /// A file the user named cannot be read.
     Named(io::Error),
+    /// It is open for writing, so it may be half written.
+    BeingWritten,
+}
+
+/// `F_SETSIG` of `asm-generic/fcntl.h`.
+const F_SETSIG: libc::c_int = 10;
+
+/// Whether anybody has the file open for writing: only then is a lease for reading refused with `EAGAIN`
+/// (`fcntl(2)`, `F_SETLEASE`). File systems without leases do not tell.
+fn is_being_written(file: &File) -> bool {
+    let fd = file.as_raw_fd();
+    // SAFETY: plain system calls on a descriptor that is open. A writer that comes while the lease is held waits until it
+    // is given back on the next line; the signal that tells of it is one that is ignored by default.
+    unsafe {
+        libc::fcntl(fd, F_SETSIG, libc::SIGURG);
+        let refused = libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK) == -1
+            && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock;
+        libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK);
+        refused
+    }
 }
 
 /// The files that the paths stand for, each once, in a fixed order, and what they depend on.
@@ -90,7 +110,7 @@ fn has_policy_extension(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json")
 }
 
-/// The entries of directories that decide what a path leads to: its own, and those of all links on the way.
+/// The entries of directories that decide what a path leads to: one for each step of the way, links included.
 fn places_of(path: &Path) -> Vec<(PathBuf, OsString)> {
     let mut places = Vec::new();
     let mut here = PathBuf::from("/");
@@ -114,11 +134,12 @@ fn places_of(path: &Path) -> Vec<(PathBuf, OsString)> {
                     ahead.push_front(part);
                 }
             }
-            _ => here = next,
+            _ => {
+                places.push((here.clone(), part));
+                here = next;
+            }
         }
     }
-    let own = here.parent().zip(here.file_name());
-    places.extend(own.map(|(directory, name)| (directory.to_path_buf(), name.to_owned())));
     places
 }
 
@@ -144,11 +165,15 @@ pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> 
         return Err(failed(error));
     }
     let metadata = fs::metadata(&found.path).map_err(failed)?;
-    if !metadata.is_file() && !found.named {
+    // A pipe may be named where it is read once, as in `check <(helm template …)`.
+    if !metadata.is_file() && (!found.named || options.follow) {
         let message = "this is not a file".to_owned();
         return Err(ReadError::Finding(Code::Unreadable, message, "policy directories hold files and directories"));
     }
     let file = File::open(&found.path).map_err(failed)?;
+    if options.follow && is_being_written(&file) {
+        return Err(ReadError::BeingWritten);
+    }
     if options.require_root_owned {
         only_root_writes(found, &file.metadata().map_err(failed)?).map_err(failed)??;
     }

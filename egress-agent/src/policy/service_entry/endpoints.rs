@@ -11,10 +11,9 @@ use crate::policy::{
     address::address,
     decode::is_null,
     names::{fqdn, is_label_key, is_label_value},
+    schema::service_entry::ENDPOINT,
 };
 
-/// Fields of an endpoint.
-const ENDPOINT: [&str; 7] = ["address", "ports", "labels", "network", "locality", "weight", "serviceAccount"];
 /// What an endpoint on this host begins with.
 const UNIX: &str = "unix://";
 

@@ -3,14 +3,19 @@
 use std::collections::HashMap;
 
 use super::{Code, Decoder, Dialect, FieldPath, Node, Span, quoted};
-use crate::policy::{L4, ServicePort, names::is_dns_label, suggest::choice};
-
-/// Fields of a port.
-const PORT: [&str; 4] = ["number", "protocol", "name", "targetPort"];
+use crate::policy::{
+    L4, ServicePort,
+    names::is_dns_label,
+    schema::{
+        service_entry::{PROTOCOLS, SERVICE_PORT},
+        words,
+    },
+    suggest::choice,
+};
 
 /// What Istio can do with a protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Family {
+pub(in crate::policy) enum Family {
     /// Requests name their host.
     Http,
     /// The client's greeting names the host.
@@ -20,22 +25,6 @@ pub(super) enum Family {
     /// Datagrams.
     Udp,
 }
-
-/// The protocols that Istio parses: as documents of the model spell them, as Istio spells them, and what they are.
-const PROTOCOLS: [(&str, &str, Family); 12] = [
-    ("TCP", "TCP", Family::Tcp),
-    ("UDP", "UDP", Family::Udp),
-    ("TLS", "TLS", Family::Tls),
-    ("HTTP", "HTTP", Family::Http),
-    ("HTTP2", "HTTP2", Family::Http),
-    ("HTTPS", "HTTPS", Family::Tls),
-    ("HTTP_PROXY", "HTTP_PROXY", Family::Http),
-    ("GRPC", "GRPC", Family::Http),
-    ("GRPC-WEB", "GRPC-Web", Family::Http),
-    ("MONGO", "Mongo", Family::Tcp),
-    ("MYSQL", "MySQL", Family::Tcp),
-    ("REDIS", "Redis", Family::Tcp),
-];
 
 /// A port with what the rules of its entry ask about it.
 pub(super) struct Port {
@@ -71,7 +60,7 @@ pub(super) fn decode(decoder: &mut Decoder<'_>, node: Option<&Node<'_>>, path: &
 }
 
 fn port(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<(Port, Span, Span)> {
-    let fields = decoder.fields(node, path, &PORT, Dialect::Proto)?;
+    let fields = decoder.fields(node, path, &SERVICE_PORT, Dialect::Proto)?;
     let required = (Code::BadPortNumber, "write the port that clients dial");
     let number_node = decoder.required(&fields, "number", node.span, path, required);
     let number =
@@ -124,10 +113,10 @@ fn protocol(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) ->
     if text.is_empty() {
         return Some(Protocol::ABSENT);
     }
-    let found = PROTOCOLS.iter().find(|(name, _, _)| name.eq_ignore_ascii_case(text));
-    let Some(&(name, _, family)) = found else {
+    let found = PROTOCOLS.iter().find(|(word, _)| word.eq_ignore_ascii_case(text));
+    let Some(&(_, (name, family))) = found else {
         let message = format!("unknown protocol {}", quoted(text));
-        decoder.say(Code::UnknownProtocol, node.span, path, message, choice(text, &PROTOCOLS.map(|(_, name, _)| name)));
+        decoder.say(Code::UnknownProtocol, node.span, path, message, choice(text, &words(&PROTOCOLS)));
         return None;
     };
     Some(Protocol { name: Some(name), family: Some(family), is_plain_tcp: text == "TCP" })

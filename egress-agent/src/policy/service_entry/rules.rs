@@ -1,7 +1,10 @@
 //! Rules about several fields of an entry at once.
 
 use super::{Code, Decoder, FieldPath, HostPattern, Location, Metadata, Resolution, Spec, ports::Family, quoted};
-use crate::policy::names::fqdn;
+use crate::policy::{
+    names::fqdn,
+    schema::service_entry::{ADDRESSES, ENDPOINTS, HOSTS, PORTS},
+};
 
 /// The label that opts an entry out of automatic addresses.
 const AUTO_ALLOCATE: &str = "networking.istio.io/enable-autoallocate-ip";
@@ -59,13 +62,14 @@ fn selector(decoder: &mut Decoder<'_>, spec: &Spec<'_>, path: &FieldPath<'_>) {
 
 /// What the API server's schema caps.
 fn limits(decoder: &mut Decoder<'_>, spec: &Spec<'_>, path: &FieldPath<'_>) {
-    for (name, count, most) in [
-        ("hosts", spec.hosts.len(), 256),
-        ("addresses", spec.addresses.nets.len(), 256),
-        ("ports", spec.ports.len(), 256),
-        ("endpoints", spec.endpoint_nodes.len(), 4096),
+    for (name, count, list) in [
+        ("hosts", spec.hosts.len(), &HOSTS),
+        ("addresses", spec.addresses.nets.len(), &ADDRESSES),
+        ("ports", spec.ports.len(), &PORTS),
+        ("endpoints", spec.endpoint_nodes.len(), &ENDPOINTS),
     ] {
-        if let Some(span) = spec.fields.key(name).filter(|_| count > most) {
+        let most = list.api_limit;
+        if let Some(span) = spec.fields.key(name).filter(|_| count > most as usize) {
             let message = format!("the Kubernetes API server accepts at most {most} {name}, and these are {count}");
             decoder.say(
                 Code::BeyondApiLimit,

@@ -1,0 +1,68 @@
+//! What the filter adds to one UDP `connect`: `cargo bench --package egress-tests --bench connect`, as root, with
+//! `EGRESS_AGENT` naming the built agent.
+//!
+//! The same process dials the same destination, at first without a filter, then behind policies of several sizes. The
+//! cases take turns in each round; printed are the medians, and the median of what a round added to its unfiltered case.
+
+use std::{fmt::Write as _, fs, net::Ipv4Addr};
+
+use anyhow::Result;
+use egress_tests::{
+    agent::Agent,
+    cgroup::Cgroup,
+    dial::{Call, Dialer, Method},
+    netns::Netns,
+};
+
+const ROUNDS: usize = 51;
+const CALLS: u32 = 10_000;
+
+fn main() -> Result<()> {
+    let namespace = Netns::with_every_address_local()?;
+    println!("{:<34} {:>8} {:>8}", "UDP connect", "ns", "added");
+    let open = Cgroup::new()?;
+    let mut unfiltered = Dialer::start(env!("CARGO_BIN_EXE_dial"), &open, &namespace)?;
+    for size in [1, 1_000, 100_000] {
+        let (cgroup, policies) = (Cgroup::new()?, tempfile::tempdir()?);
+        fs::write(policies.path().join("policy.yaml"), document(size))?;
+        let _agent = Agent::start(policies.path(), &cgroup, &[])?;
+        let mut filtered = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace)?;
+        let call = |address: Ipv4Addr| Call { method: Method::UdpConnect, mapped: false, to: (address, 53).into() };
+        let allowed = call(address(size / 2));
+        let refused = call(Ipv4Addr::new(9, 9, 9, 9));
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            let none = unfiltered.time(&allowed, CALLS)?;
+            let allowed = filtered.time(&allowed, CALLS)?;
+            // Few enough that the reports of a round fit the ring buffer.
+            rounds.push((none, allowed, filtered.time(&refused, 5_000)?));
+        }
+        let column = |of: fn(&(f64, f64, f64)) -> f64| median(rounds.iter().map(of).collect());
+        println!("{:<34} {:>8.0}", "without a filter", column(|round| round.0));
+        let (allowed, added) = (column(|round| round.1), column(|round| round.1 - round.0));
+        println!("{:<34} {allowed:>8.0} {added:>+8.0}", format!("allowed, prefixes: {size}"));
+        println!("{:<34} {:>8.0}", format!("refused and reported, prefixes: {size}"), column(|round| round.2));
+    }
+    Ok(())
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// The prefixes lie apart, so none is merged with another.
+fn address(index: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(0x0b00_0000 + index * 2)
+}
+
+fn document(prefixes: u32) -> String {
+    let mut text =
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: { name: bench }\nspec:\n  hosts: \
+                    [bench.example.com]\n  ports: [{ number: 53, name: dns, protocol: UDP }]\n  addresses:\n"
+            .to_owned();
+    for index in 0..prefixes {
+        let _ = writeln!(text, "  - {}", address(index));
+    }
+    text
+}
