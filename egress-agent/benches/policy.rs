@@ -27,7 +27,8 @@ fn main() {
         assert!(!loaded.has_errors(), "{:?}", loaded.findings.first());
         let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: true };
         let context = Context { node_default, system_resolvers: Vec::new(), names: Names::default() };
-        let (compiled, ruleset) = median(|| compile(&loaded.policies, &Workload::default(), &context).expect("within the bounds"));
+        let (compiled, ruleset) =
+            median(|| compile(&loaded.policies, &Workload::default(), &context).expect("within the bounds"));
         let (decided, ()) = median(|| {
             for index in 0..100_000_u32 {
                 let address = Ipv4Addr::from_bits(index.wrapping_mul(2_654_435_761)).into();

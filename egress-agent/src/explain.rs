@@ -186,7 +186,8 @@ impl<'a> Explainer<'a> {
             service_statements(entry, &self.context.names).map(move |statement| (statement, names_host))
         });
         let of_policies = self.selecting.iter().flat_map(|policy| policy_statements(policy, &self.context.names));
-        let all = of_entries.chain(of_policies.chain(self.builtins.iter().cloned()).map(|statement| (statement, false)));
+        let all =
+            of_entries.chain(of_policies.chain(self.builtins.iter().cloned()).map(|statement| (statement, false)));
         let others = all.filter(|(statement, _)| Some(&statement.name) != decided);
         others
             .filter_map(|(statement, names_host)| {

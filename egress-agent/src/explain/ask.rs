@@ -434,8 +434,22 @@ mod tests {
     fn what_resolvers_would_guess_at_is_no_destination() {
         let names = context().names;
         for text in [
-            "010.0.0.1:80", "0x7f.1:80", "0X7F:80", "3232235777:80", "1.1.1.1.:80", "a.0x:80", "a.1:80", "1.1.1.1:99999999",
-            "db.example.com:+80", "1.1.1.1:+80", "db.example.com:", "db.example.com", ":80", ".:80", "a b:80", "::1:80",
+            "010.0.0.1:80",
+            "0x7f.1:80",
+            "0X7F:80",
+            "3232235777:80",
+            "1.1.1.1.:80",
+            "a.0x:80",
+            "a.1:80",
+            "1.1.1.1:99999999",
+            "db.example.com:+80",
+            "1.1.1.1:+80",
+            "db.example.com:",
+            "db.example.com",
+            ":80",
+            ".:80",
+            "a b:80",
+            "::1:80",
         ] {
             let read = Target::known(text, &names);
             assert!(matches!(read, Err(AskError::BadDestination(_))), "{text}: {read:?}");
