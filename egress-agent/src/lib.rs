@@ -3,6 +3,7 @@
 //! Text becomes a [`policy::PolicySet`], that a [`ruleset::Ruleset`], and that the contents of kernel maps: one type
 //! for each step. Only [`dataplane`] makes bpf calls; only the binary prints, exits and reads the environment.
 
+mod attachment;
 pub mod cgroup;
 pub mod check;
 pub mod cli;
@@ -17,6 +18,7 @@ mod report;
 pub mod resolv;
 pub mod ruleset;
 pub mod run;
+mod source;
 pub mod users;
 mod watch;
 pub mod workload;

@@ -19,23 +19,17 @@ use tokio::{
 };
 
 use crate::{
-    cgroup::{self, Cgroup, CgroupError, CgroupPaths},
+    attachment::{Attachment, LOOK_AFTER},
+    cgroup::{self, CgroupError, CgroupPaths},
     cli::{LogLevel, Output, RunArgs},
-    compile::{CompileError, Context, Names, NodeDefault, combine::service_statements, compile},
+    compile::CompileError,
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog},
     events::Enricher,
     pins::{PinDirectory, PinError},
-    policy::{
-        PolicySet,
-        diagnostic::{Finding, Severity},
-        egress_policy::unbuilt::unsupported,
-        load::{LoadError, LoadOptions, Loaded, load, watched},
-    },
+    policy::load::{LoadError, Loaded},
     report::Reporter,
-    resolv,
     ruleset::Ruleset,
-    watch::Watch,
-    workload::Workload,
+    source::Source,
 };
 
 /// Why the agent ended before it was asked to.
@@ -85,7 +79,7 @@ impl RunError {
     }
 }
 
-fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
+pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
     move |cause| RunError::System { what, cause }
 }
 
@@ -142,132 +136,6 @@ fn announce(applied: &Applied, loaded: &Loaded, cgroup: &Path) {
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::warn!(%error, "cannot notify the service manager");
-    }
-}
-
-/// Where policies come from.
-struct Source {
-    paths: Vec<PathBuf>,
-    options: LoadOptions,
-    node_default: NodeDefault,
-    watch: Watch,
-}
-
-impl Source {
-    fn new(args: &RunArgs) -> Result<Self, RunError> {
-        Ok(Self {
-            paths: args.policies.clone(),
-            options: LoadOptions { require_root_owned: !args.allow_writable_policies, follow: true },
-            node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
-            watch: Watch::new().map_err(system("cannot watch policy files"))?,
-        })
-    }
-
-    /// Reads and compiles.
-    fn read(&mut self) -> Result<(Loaded, Ruleset), RunError> {
-        let loaded = self.load()?;
-        let unbuilt: Vec<Finding> = loaded.policies.egress_policies.iter().flat_map(unsupported).collect();
-        let findings = || loaded.findings.iter().chain(&unbuilt);
-        findings().for_each(report);
-        let errors = findings().filter(|finding| finding.severity == Severity::Error).count();
-        if errors > 0 {
-            return Err(RunError::Invalid { errors });
-        }
-        warn_of_names(&loaded.policies);
-        let resolv_conf = Path::new(resolv::RESOLV_CONF);
-        let system_resolvers = resolv::resolvers(resolv_conf).map_err(system("cannot read /etc/resolv.conf"))?;
-        let context = Context { node_default: self.node_default, system_resolvers, names: Names::default() };
-        let ruleset = compile(&loaded.policies, &Workload::default(), &context)?;
-        Ok((loaded, ruleset))
-    }
-
-    /// What is read is watched first, so that no change is missed. A directory that appeared meanwhile was read, perhaps,
-    /// and not watched: then all is read again.
-    fn load(&mut self) -> Result<Loaded, LoadError> {
-        let paths: Vec<PathBuf> = self.paths.iter().cloned().chain([resolv::RESOLV_CONF.into()]).collect();
-        loop {
-            let seen = watched(&paths);
-            if let Err(error) = self.watch.set(seen.clone()) {
-                tracing::error!(%error, "cannot watch policy files; see fs.inotify.max_user_watches. Changes need SIGHUP");
-            }
-            let loaded = load(&self.paths, &self.options);
-            if watched(&paths) == seen {
-                return loaded;
-            }
-        }
-    }
-}
-
-/// The cgroup that is filtered. It may be removed and made again, as systemd does when it restarts a unit; the programs go
-/// with it, so they are attached again.
-struct Attachment {
-    given: PathBuf,
-    mount: PathBuf,
-    cgroup: Cgroup,
-    is_attached: bool,
-    watch: Watch,
-}
-
-/// How often the cgroup is looked after, beside the notice of changes.
-const LOOK_AFTER: Duration = Duration::from_secs(1);
-
-impl Attachment {
-    fn new(given: &Path, mount: &Path) -> Result<Self, RunError> {
-        let cgroup = Cgroup::open(given, mount)?;
-        let mut watch = Watch::new().map_err(system("cannot watch the cgroup"))?;
-        let directory = mount.join(cgroup.path.strip_prefix("/").unwrap_or(&cgroup.path));
-        watch.set(watched(&[directory])).map_err(system("cannot watch the cgroup"))?;
-        Ok(Self { given: given.to_owned(), mount: mount.to_owned(), cgroup, is_attached: false, watch })
-    }
-
-    fn attach(&mut self, dataplane: &mut Dataplane) -> Result<(), DataplaneError> {
-        dataplane.attach(&self.cgroup.directory, &self.cgroup.path)?;
-        self.is_attached = true;
-        Ok(())
-    }
-
-    /// Attaches again where the cgroup was made anew.
-    fn look_after(&mut self, dataplane: &mut Dataplane) {
-        let cgroup = self.cgroup.path.display();
-        match Cgroup::open(&self.given, &self.mount) {
-            Ok(found) if self.is_attached && found.id == self.cgroup.id => {}
-            Ok(found) => {
-                let path = found.path.display().to_string();
-                self.cgroup = found;
-                match self.attach(dataplane) {
-                    Ok(()) => tracing::warn!(cgroup = path, "the cgroup was made anew: attached again"),
-                    Err(error) => tracing::error!(error = %chain(&error), "cannot attach again: nothing is filtered"),
-                }
-            }
-            Err(error) if self.is_attached => {
-                tracing::error!(%error, %cgroup, "the cgroup is gone: nothing is filtered until it is back");
-                self.is_attached = false;
-            }
-            Err(_) => {}
-        }
-    }
-}
-
-fn report(finding: &Finding) {
-    let (code, file, line, column) = (finding.code.as_str(), finding.file.display(), finding.line, finding.column);
-    let (path, help) = (&finding.path, finding.help.as_deref().unwrap_or_default());
-    match finding.severity {
-        Severity::Error => tracing::error!(%code, %file, line, column, %path, help, "{}", finding.message),
-        Severity::Warning => tracing::warn!(%code, %file, line, column, %path, help, "{}", finding.message),
-        Severity::Note => tracing::info!(%code, %file, line, column, %path, help, "{}", finding.message),
-    }
-}
-
-/// Names are not resolved: an entry that has nothing else opens nothing.
-fn warn_of_names(policies: &PolicySet) {
-    for entry in &policies.service_entries {
-        if service_statements(entry, &Names::default()).all(|statement| statement.parts.is_empty()) {
-            let hosts: Vec<String> = entry.hosts.iter().map(ToString::to_string).collect();
-            tracing::warn!(
-                entry = %entry.object, at = %entry.at, hosts = hosts.join(","),
-                "names are not resolved: this entry has no addresses and opens nothing"
-            );
-        }
     }
 }
 

@@ -144,7 +144,7 @@ fn what_cannot_run_ends_with_2() {
     assert_eq!(agent(&["check", "/nonexistent"], "").status, 2);
     assert_eq!(agent(&["explain", "/nonexistent", "--to", "10.0.0.1:1"], "").status, 2);
     let directory = policies(&[("a.yaml", ENTRY)]);
-    for to in ["10.0.0.1", "10.0.0.1:x", "10.0.0.1:70000", ":1", "a b:1"] {
+    for to in ["10.0.0.1", "10.0.0.1:x", "10.0.0.1:70000", ":1", "a b:1", "010.0.0.1:80", "0x7f.1:80", "localhost:+80"] {
         let done = agent(&["explain", path(&directory), "--to", to], "");
         assert_eq!(done.status, 2, "{to}");
         assert!(done.err.contains("HOST:PORT"), "{}", done.err);
@@ -263,6 +263,64 @@ fn a_reader_that_has_read_enough_is_no_error() {
         "\"$0\" explain \"$1\" --flows - 2>&1 >/dev/full | grep -c 'No space'; exec \"$0\" check \"$1\" | true";
     let done = Command::new("sh").args(["-c", script]).arg(binary().unwrap()).arg(directory.path()).output().unwrap();
     assert!(done.status.success() && done.stderr.is_empty(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// The status of a command whose output nobody reads: `head` takes one byte and leaves; later writes fail.
+fn status_without_reader(args: &[&str]) -> i32 {
+    let script = "{ \"$@\"; echo $? >&3; } 3>&2 2>/dev/null | head -c 1 >/dev/null";
+    let command = Command::new("sh").args(["-c", script, "sh"]).arg(binary().unwrap()).args(args).output().unwrap();
+    String::from_utf8(command.stderr).unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn a_reader_that_leaves_early_changes_no_exit_status() {
+    let bad: String = (0..2000).map(|n| ENTRY.replace("3306", "0").replace("mysql", &format!("e{n}")) + "---\n").collect();
+    let bad = policies(&[("bad.yaml", &bad)]);
+    for output in ["text", "json"] {
+        assert_eq!(status_without_reader(&["check", "--output", output, path(&bad)]), 1, "{output}");
+    }
+    // More than a pipe holds, so that something is still to be written when the reader is gone.
+    let good: String = (0..2000).map(|n| ENTRY.replace("mysql", &format!("e{n}")) + "---\n").collect();
+    let good = policies(&[("good.yaml", &good)]);
+    for output in ["text", "json"] {
+        let args = ["explain", path(&good), "--to", "203.0.113.10:9", "--output", output];
+        assert_eq!(status_without_reader(&args), 1, "{output}");
+    }
+}
+
+/// What has no end, or no writer, is read once at most.
+#[test]
+fn what_is_not_a_file_blocks_no_report() {
+    let directory = policies(&[("a.yaml", ENTRY)]);
+    let made = Command::new("mkfifo").arg(directory.path().join("f.yaml")).status().unwrap();
+    assert!(made.success());
+    std::os::unix::fs::symlink("/dev/zero", directory.path().join("z.yaml")).unwrap();
+    let mut command = Command::new("timeout");
+    command.arg("20").arg(binary().unwrap()).args(["check", "--output", "text", path(&directory)]);
+    let done = command.output().unwrap();
+    let out = String::from_utf8(done.stdout).unwrap();
+    assert_eq!(done.status.code(), Some(1), "{out}");
+    assert!(out.contains("f.yaml") && out.contains("z.yaml"), "{out}");
+}
+
+#[test]
+fn many_rules_for_one_address_are_explained_in_time() {
+    let entries: String = (0..20_000).map(|n| ENTRY.replace("mysql", &format!("e{n}")) + "---\n").collect();
+    let directory = policies(&[("a.yaml", &entries)]);
+    let mut command = Command::new("timeout");
+    command.arg("20").arg(binary().unwrap()).args(["explain", path(&directory), "--to", "203.0.113.10:3306"]);
+    let answer: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+    let others = answer["other_rules"].as_array().unwrap();
+    assert_eq!(others.iter().filter(|other| other["why_not"] == "lower_precedence").count(), 19_999);
+}
+
+#[test]
+fn proto_is_that_of_the_flows_that_name_none() {
+    let directory = policies(&[("a.yaml", ENTRY)]);
+    let input = "{\"to\":\"203.0.113.10:53\"}\n{\"to\":\"203.0.113.10:53\",\"protocol\":\"TCP\"}\n";
+    let done = agent(&["explain", path(&directory), "--flows", "-", "--proto", "udp"], input);
+    let verdicts: Vec<Value> = done.lines().iter().map(|answer| answer["verdict"].clone()).collect();
+    assert_eq!(verdicts, ["allow", "deny"]);
 }
 
 /// A destination and the verdict that an example gives.

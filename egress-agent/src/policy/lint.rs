@@ -51,3 +51,102 @@ fn is_denied_for_all(set: &PolicySet, address: IpNet) -> bool {
 fn denies(policy: &EgressPolicy, address: IpNet) -> bool {
     policy.deny.iter().any(|rule| rule.ports.is_none() && coverage::includes(rule, address))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::policy::load::load_text;
+
+    fn entry(name: impl std::fmt::Display, spec: &str) -> String {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{ name: {name} }}\nspec: {{ {spec} }}\n---\n"
+        )
+    }
+
+    fn policy(name: impl std::fmt::Display, spec: &str) -> String {
+        format!(
+            "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: {{ name: {name} }}\nspec: {{ {spec} \
+             }}\n---\n"
+        )
+    }
+
+    fn many(count: usize, one: impl Fn(usize) -> String) -> String {
+        (0..count).map(one).collect()
+    }
+
+    fn address(number: usize) -> String {
+        format!("10.{}.{}.{}", number >> 16, number >> 8 & 255, number & 255)
+    }
+
+    fn lint_text(text: &str) -> Vec<Finding> {
+        let loaded = load_text("x.yaml", text);
+        assert!(!loaded.has_errors(), "{:#?}", loaded.findings.first());
+        lint(&loaded.policies)
+    }
+
+    const PORTS: &str = "ports: [{ number: 80, name: t, protocol: TCP }]";
+
+    /// Documents whose every part meets every other one.
+    #[test]
+    fn no_lint_takes_time_that_grows_with_the_square() {
+        let of_addresses = |count| many(count, |n| address(n) + ", ");
+        let rule = |last: usize| format!("{{ to: [{}] }}, ", many(100, |n| format!("{{ cidr: {} }}, ", address(n * last))));
+        let denies = format!("deny: [{}]", many(50_000, |n| format!("{{ to: [{{ cidr: {} }}] }}, ", address(n))));
+        let texts = [
+            many(20_000, |n| entry(n, &format!("hosts: [h{n}], addresses: [{}], {PORTS}", address(n)))) + &policy("p", &denies),
+            entry("0", &format!("hosts: [h], addresses: [{}], {PORTS}", of_addresses(200_000)))
+                + &many(10_000, |n| entry(n + 1, &format!("hosts: [h], addresses: [10.0.0.0], {PORTS}"))),
+            policy("p", &format!("allow: [{}]", many(2000, |n| rule(n + 1)))),
+            many(20_000, |n| entry(n, &format!("exportTo: [\"~\"], hosts: [h{n}], {PORTS}")))
+                + &many(20_000, |n| policy(n, "services: [default/*]")),
+            many(20_000, |n| entry(n, &format!("hosts: [h{n}], {PORTS}")))
+                + &policy("p", &format!("services: [{}]", many(200_000, |n| format!("a/e{n}, ")))),
+            many(30_000, |n| policy(n, "allow: [{}], deny: [{ to: [{ cidr: 10.0.0.1 }] }]")),
+        ];
+        for (index, text) in texts.iter().enumerate() {
+            let loaded = load_text("x.yaml", text);
+            assert!(!loaded.has_errors(), "{index}: {:#?}", loaded.findings.first());
+            let start = Instant::now();
+            lint(&loaded.policies);
+            assert!(start.elapsed() < Duration::from_secs(2), "{index}: {:?}", start.elapsed());
+        }
+    }
+
+    #[test]
+    fn policies_are_compared_while_there_is_time() {
+        let redundant = |name: &str, rules: usize| {
+            policy(name, &format!("allow: [{}]", many(rules, |n| format!("{{ to: [{{ cidr: {} }}] }}, ", address(n / 2)))))
+        };
+        let found = |text: &str| lint_text(text).iter().filter(|finding| finding.code == Code::RedundantRule).count();
+        assert_eq!(found(&redundant("a", 2000)), 1000);
+        assert_eq!(found(&redundant("a", 4000)), 0, "too many");
+        assert_eq!(found(&(redundant("a", 4000) + &redundant("b", 10))), 5, "one that is too large takes no time from others");
+    }
+
+    #[test]
+    fn a_prefix_is_covered_by_any_that_is_around_it() {
+        let rules = |covering: &str, covered: &str| {
+            let text = policy("p", &format!("allow: [{{ to: [{covering}] }}, {{ to: [{covered}] }}]"));
+            lint_text(&text).iter().any(|finding| finding.code == Code::RedundantRule)
+        };
+        let wide = "{ cidr: 10.0.0.0/8 }, { cidr: 10.1.0.0/16 }, { cidr: 10.200.0.0/16 }, { cidr: \"2001:db8::/32\" }";
+        assert!(rules(wide, "{ cidr: 10.1.2.0/24 }, { cidr: 10.255.255.255 }, { cidr: \"2001:db8:1::/48\" }"));
+        assert!(!rules(wide, "{ cidr: 10.1.2.0/24 }, { cidr: 11.0.0.0 }"));
+        assert!(!rules(wide, "{ cidr: 9.255.255.255 }"));
+        assert!(!rules("{ cidr: \"2000::/3\" }, { cidr: 10.1.0.0/16 }", "{ cidr: 10.0.0.0/15 }"));
+    }
+
+    #[test]
+    fn entries_disagree_in_protocols_only_where_a_port_has_others() {
+        let disagree = |a: &str, b: &str| {
+            let text = entry("a", &format!("hosts: [h], ports: [{a}]")) + &entry("b", &format!("hosts: [h], ports: [{b}]"));
+            lint_text(&text).iter().any(|finding| finding.code == Code::EntriesDisagree)
+        };
+        let (tcp, udp) = ("{ number: 53, name: t, protocol: TCP }", "{ number: 53, name: u, protocol: UDP }");
+        assert!(disagree(tcp, udp));
+        assert!(!disagree(tcp, "{ number: 54, name: u, protocol: UDP }"));
+        assert!(!disagree(&format!("{tcp}, {udp}"), &format!("{udp}, {tcp}")));
+    }
+}

@@ -1,6 +1,9 @@
 //! Lints of `ServiceEntry`.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    hash::Hash,
+};
 
 use ipnet::IpNet;
 
@@ -80,8 +83,9 @@ fn reach(entry: &ServiceEntry, findings: &mut Vec<Finding>) {
 /// The first entry of each host is what later ones are compared with.
 fn disagreements(set: &PolicySet, findings: &mut Vec<Finding>) {
     let mut first: HashMap<&HostPattern, usize> = HashMap::new();
-    let mut numbers = HashMap::new();
-    let described: Vec<_> = set.service_entries.iter().map(|entry| Described::new(entry, &mut numbers)).collect();
+    let (mut nets, mut protocols) = (Numbers(HashMap::new()), Numbers(HashMap::new()));
+    let describe = |entry| Described::new(entry, &mut nets, &mut protocols);
+    let described: Vec<_> = set.service_entries.iter().map(describe).collect();
     for (own, entry) in set.service_entries.iter().enumerate() {
         let mut differences: HashMap<usize, Option<&str>> = HashMap::new();
         for (index, host) in entry.hosts.iter().enumerate() {
@@ -97,40 +101,57 @@ fn disagreements(set: &PolicySet, findings: &mut Vec<Finding>) {
     }
 }
 
+/// Equal values have the same number.
+struct Numbers<T>(HashMap<T, usize>);
+
+impl<T: Eq + Hash> Numbers<T> {
+    fn of(&mut self, value: T) -> usize {
+        let next = self.0.len();
+        *self.0.entry(value).or_insert(next)
+    }
+}
+
 /// What an entry says of its hosts, ready to be compared often.
 struct Described<'s> {
     entry: &'s ServiceEntry,
-    /// The same number for the same addresses.
+    /// The number of the set of its addresses.
     addresses: usize,
-    /// What is said of each port.
-    protocols: HashMap<u16, BTreeSet<Option<&'static str>>>,
+    /// Each port with the number of the set of its protocols, sorted.
+    ports: Vec<(u16, usize)>,
 }
 
 impl<'s> Described<'s> {
-    /// `numbers`: those of the addresses seen so far.
-    fn new(entry: &'s ServiceEntry, numbers: &mut HashMap<Vec<IpNet>, usize>) -> Self {
-        let mut nets = entry.addresses.clone();
-        nets.sort_unstable();
-        let next = numbers.len();
-        let addresses = *numbers.entry(nets).or_insert(next);
-        let mut protocols: HashMap<_, BTreeSet<_>> = HashMap::new();
+    fn new(
+        entry: &'s ServiceEntry,
+        nets: &mut Numbers<Vec<IpNet>>,
+        protocols: &mut Numbers<BTreeSet<Option<&'static str>>>,
+    ) -> Self {
+        let mut addresses = entry.addresses.clone();
+        addresses.sort_unstable();
+        let mut ports: BTreeMap<u16, BTreeSet<_>> = BTreeMap::new();
         for port in &entry.ports {
-            protocols.entry(port.number).or_default().insert(port.app_protocol);
+            ports.entry(port.number).or_default().insert(port.app_protocol);
         }
-        Self { entry, addresses, protocols }
+        let ports = ports.into_iter().map(|(port, set)| (port, protocols.of(set))).collect();
+        Self { entry, addresses: nets.of(addresses), ports }
+    }
+
+    /// Whether both name a port, and not with the same protocols.
+    fn differs_in_protocols(&self, other: &Self) -> bool {
+        let (few, many) = if self.ports.len() < other.ports.len() { (self, other) } else { (other, self) };
+        few.ports.iter().any(|&(port, protocols)| {
+            let found = many.ports.binary_search_by_key(&port, |&(port, _)| port);
+            found.is_ok_and(|index| many.ports[index].1 != protocols)
+        })
     }
 }
 
 fn difference(a: &Described<'_>, b: &Described<'_>) -> Option<&'static str> {
-    let (few, many) = if a.protocols.len() < b.protocols.len() { (a, b) } else { (b, a) };
-    let protocols_differ = || {
-        few.protocols.iter().any(|(port, protocols)| many.protocols.get(port).is_some_and(|other| other != protocols))
-    };
     match () {
         () if a.entry.resolution != b.entry.resolution => Some("`resolution`"),
         () if a.entry.location != b.entry.location => Some("`location`"),
         () if a.addresses != b.addresses => Some("`addresses`"),
-        () if protocols_differ() => Some("protocols"),
+        () if a.differs_in_protocols(b) => Some("protocols"),
         () => None,
     }
 }
