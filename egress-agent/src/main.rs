@@ -96,7 +96,7 @@ fn explain(args: &ExplainArgs) -> anyhow::Result<u8> {
     let users = Users::read(Path::new(PASSWD));
     let mut context = context(args)?;
     if let Some(path) = &args.flows {
-        flows(&loaded.policies, &context, &users, &mut open(path)?, &mut out)?;
+        flows(&loaded.policies, &context, &users, args.proto.into(), &mut open(path)?, &mut out)?;
         return Ok(0);
     }
     let target = Target::parse(args.to.as_deref().unwrap_or_default(), &context.names)?;

@@ -144,7 +144,8 @@ fn what_cannot_run_ends_with_2() {
     assert_eq!(agent(&["check", "/nonexistent"], "").status, 2);
     assert_eq!(agent(&["explain", "/nonexistent", "--to", "10.0.0.1:1"], "").status, 2);
     let directory = policies(&[("a.yaml", ENTRY)]);
-    for to in ["10.0.0.1", "10.0.0.1:x", "10.0.0.1:70000", ":1", "a b:1", "010.0.0.1:80", "0x7f.1:80", "localhost:+80"] {
+    for to in ["10.0.0.1", "10.0.0.1:x", "10.0.0.1:70000", ":1", "a b:1", "010.0.0.1:80", "0x7f.1:80", "localhost:+80"]
+    {
         let done = agent(&["explain", path(&directory), "--to", to], "");
         assert_eq!(done.status, 2, "{to}");
         assert!(done.err.contains("HOST:PORT"), "{}", done.err);
@@ -274,7 +275,8 @@ fn status_without_reader(args: &[&str]) -> i32 {
 
 #[test]
 fn a_reader_that_leaves_early_changes_no_exit_status() {
-    let bad: String = (0..2000).map(|n| ENTRY.replace("3306", "0").replace("mysql", &format!("e{n}")) + "---\n").collect();
+    let bad: String =
+        (0..2000).map(|n| ENTRY.replace("3306", "0").replace("mysql", &format!("e{n}")) + "---\n").collect();
     let bad = policies(&[("bad.yaml", &bad)]);
     for output in ["text", "json"] {
         assert_eq!(status_without_reader(&["check", "--output", output, path(&bad)]), 1, "{output}");

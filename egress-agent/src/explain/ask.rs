@@ -219,7 +219,7 @@ struct Unanswered {
 /// Answers flows, one a line, in their order: the decision without the story around it. A line that cannot be read is
 /// answered with an error, and so is the whole in the end, but the others are answered all the same. `protocol` is that
 /// of the lines that name none.
-pub fn flows_of(
+pub fn flows(
     policies: &PolicySet,
     context: &Context,
     users: &Users,
@@ -235,17 +235,6 @@ pub fn flows_of(
         result => result?,
     }
     first_error.map_or(Ok(()), Err)
-}
-
-/// [`flows_of`] with TCP.
-pub fn flows(
-    policies: &PolicySet,
-    context: &Context,
-    users: &Users,
-    input: &mut impl BufRead,
-    out: &mut impl Write,
-) -> Result<(), AskError> {
-    flows_of(policies, context, users, L4::Tcp, input, out)
 }
 
 /// The next line with its line break; of one that is too long, only the beginning. `false` at the end.
@@ -368,7 +357,7 @@ mod tests {
         assert!(!loaded.has_errors(), "{:#?}", loaded.findings);
         let mut out = Vec::new();
         let input = &mut &*input;
-        let result = flows_of(&loaded.policies, &context(), &Users::default(), protocol, input, &mut out);
+        let result = flows(&loaded.policies, &context(), &Users::default(), protocol, input, &mut out);
         let out = String::from_utf8(out).unwrap();
         (out.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), result)
     }
@@ -476,7 +465,7 @@ mod tests {
         let loaded = load_text("policy.yaml", &entry("192.0.2.1"));
         let ask = |input: &str| {
             let input = &mut input.as_bytes();
-            flows_of(&loaded.policies, &context(), &Users::default(), L4::Tcp, input, &mut Left)
+            flows(&loaded.policies, &context(), &Users::default(), L4::Tcp, input, &mut Left)
         };
         assert!(ask("{\"to\":\"192.0.2.1:80\"}").is_ok());
         assert!(matches!(ask("nonsense"), Err(AskError::BadLine { line: 1, .. })));
