@@ -141,7 +141,7 @@ fn another_process_of_the_same_number_is_not_blamed() {
     let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
     let policies = tempfile::tempdir().unwrap();
     let mut command = Command::new("unshare");
-    command.args(["--pid", "--fork", "--mount-proc"]).arg(binary().unwrap());
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(binary().unwrap());
     command
         .arg("run")
         .arg("--policies")
