@@ -14,7 +14,7 @@ use egress_agent::{
     policy::load::load_text,
     workload::Workload,
 };
-use egress_common::{Flow, Protocol, Scope};
+use egress_common::{Flow, Protocol};
 
 const RUNS: usize = 5;
 const SIZES: [u32; 4] = [100, 10_000, 100_000, 1_000_000];
@@ -32,7 +32,7 @@ fn main() {
         let (decided, ()) = median(|| {
             for index in 0..100_000_u32 {
                 let address = Ipv4Addr::from_bits(index.wrapping_mul(2_654_435_761)).into();
-                let flow = Flow { scope: Scope::DEFAULT, protocol: Protocol::Tcp, address, port: 443 };
+                let flow = Flow { place: Ruleset::PLACE, protocol: Protocol::Tcp, address, port: 443 };
                 let _ = black_box(ruleset.decide(&flow));
             }
         });

@@ -4,7 +4,12 @@ use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{compile::NodeAction, policy::L4};
+use crate::{compile::NodeAction, policy::L4, scopes::UnknownWorkloads};
+
+/// Where rules are pinned by default.
+const PIN_DIRECTORY: &str = "/sys/fs/bpf/egress";
+/// Where control sockets lie by default.
+const RUN_DIRECTORY: &str = "/run/egress";
 
 /// Egress firewall in the kernel, driven by Istio `ServiceEntry` documents.
 ///
@@ -26,6 +31,12 @@ pub struct Cli {
 pub enum Command {
     /// Enforce policies on a cgroup and all below it, and report what they refuse.
     Run(RunArgs),
+    /// Tell what is in force.
+    Status(StatusArgs),
+    /// Have the running agent read its policies again.
+    Reload(ReloadArgs),
+    /// Remove what is in force, and everything it left in the kernel.
+    Detach(DetachArgs),
     /// Find what is wrong with policy documents, and what is probably not meant.
     Check(CheckArgs),
     /// Tell what policies say of a destination, by which rule, and what would allow it.
@@ -60,7 +71,8 @@ pub enum Output {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Denials go to stdout, talk to stderr. Policies are read again when their files change, and on SIGHUP; if they are invalid,
-the last good ones stay in force. SIGTERM and SIGINT end the agent and the enforcement.
+the last good ones stay in force. SIGTERM and SIGINT end the agent; the rules stay in force until `egress-agent detach`, or
+end with the agent if --detach-on-exit says so.
 
 Exit status: 0 asked to stop, 1 policy invalid at start, 2 usage, 4 kernel or privilege missing, 5 another agent runs.
 
@@ -73,9 +85,24 @@ pub struct RunArgs {
     /// The cgroup to filter, with all below it: a directory, or a path below the cgroup2 mount.
     #[arg(long, value_name = "PATH", env = "EGRESS_CGROUP")]
     pub cgroup: PathBuf,
-    /// A directory on a bpf file system in which the maps can be found while the agent runs; one agent for each.
-    #[arg(long, value_name = "DIR", env = "EGRESS_PIN_DIR")]
-    pub pin_dir: Option<PathBuf>,
+    /// A directory on a bpf file system that keeps the rules in force; one agent for each.
+    #[arg(long, value_name = "DIR", env = "EGRESS_PIN_DIR", default_value = PIN_DIRECTORY)]
+    pub pin_dir: PathBuf,
+    /// Where the agent's control socket lies.
+    #[arg(long, value_name = "DIR", env = "EGRESS_RUN_DIR", default_value = RUN_DIRECTORY)]
+    pub run_dir: PathBuf,
+    /// End the enforcement when asked to stop, not the agent alone.
+    #[arg(long, env = "EGRESS_DETACH_ON_EXIT")]
+    pub detach_on_exit: bool,
+    /// What becomes of a cgroup that is not placed yet, where policies select cgroups around it.
+    #[arg(long, value_name = "ACTION", env = "EGRESS_UNKNOWN_WORKLOADS", default_value = "Deny", ignore_case = true)]
+    pub unknown_workloads: UnknownWorkloads,
+    /// Most kernel memory that rules may take; a policy that needs more is refused.
+    #[arg(long, value_name = "MB", env = "EGRESS_MEMORY_LIMIT", default_value_t = 1024)]
+    pub memory_limit: u64,
+    /// Start even if everything on the host would be refused.
+    #[arg(long, env = "EGRESS_FORCE")]
+    pub force: bool,
     /// What holds for workloads that no enforcing `EgressPolicy` selects.
     #[arg(long, value_name = "ACTION", env = "EGRESS_DEFAULT", default_value = "Deny", ignore_case = true)]
     pub default: NodeAction,
@@ -91,6 +118,69 @@ pub struct RunArgs {
     /// How denials are written; text on a terminal, else JSON lines.
     #[arg(long, value_name = "FORMAT")]
     pub output: Option<Output>,
+}
+
+/// Where an agent is found.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// The pin directory of the agent.
+    #[arg(long, value_name = "DIR", env = "EGRESS_PIN_DIR", default_value = PIN_DIRECTORY)]
+    pub pin_dir: PathBuf,
+    /// Where the agent's control socket lies.
+    #[arg(long, value_name = "DIR", env = "EGRESS_RUN_DIR", default_value = RUN_DIRECTORY)]
+    pub run_dir: PathBuf,
+}
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Reads what is pinned in the kernel, also when no agent runs, and asks the agent where one does.
+
+Exit status: 0 enforcing and healthy, 1 enforcing but degraded, 3 not enforcing, 2 could not tell.
+
+Example:
+  egress-agent status --output json")]
+pub struct StatusArgs {
+    /// Where the agent is found.
+    #[command(flatten)]
+    pub agent: AgentArgs,
+    /// How the answer is written; text on a terminal, else one JSON object.
+    #[arg(long, value_name = "FORMAT")]
+    pub output: Option<Output>,
+}
+
+/// Arguments of `reload`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Policies are read again by themselves when their files change; this is for when that is not noticed, and for scripts.
+
+Exit status: 0 the agent was told, or with --wait the policy is in force; 1 it is invalid, and the one before stays in force;
+2 no agent was reached.
+
+Example:
+  egress-agent reload --wait")]
+pub struct ReloadArgs {
+    /// Where the agent is found.
+    #[command(flatten)]
+    pub agent: AgentArgs,
+    /// Wait until the policies are read and in force.
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// Arguments of `detach`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Asks for no confirmation: from then on nothing is filtered. An agent that runs is not stopped by this: stop it first.
+
+Exit status: 0 removed, or nothing was there; 2 could not be removed; 5 an agent runs.
+
+Example:
+  systemctl stop egress-agent && egress-agent detach")]
+pub struct DetachArgs {
+    /// The pin directory.
+    #[arg(long, value_name = "DIR", env = "EGRESS_PIN_DIR", default_value = PIN_DIRECTORY)]
+    pub pin_dir: PathBuf,
 }
 
 /// Arguments of `check`.

@@ -63,8 +63,13 @@ pub struct Names(pub BTreeMap<String, BTreeSet<IpAddr>>);
 impl Names {
     /// The addresses of every known name that a pattern covers.
     pub fn addresses<'a>(&'a self, pattern: &'a HostPattern) -> impl Iterator<Item = IpAddr> + 'a {
-        let covered = self.0.iter().filter(|(name, _)| pattern.covers(name));
-        covered.flat_map(|(_, addresses)| addresses.iter().copied())
+        let exact = match pattern {
+            HostPattern::Exact(name) => self.0.get(name),
+            HostPattern::Below(_) | HostPattern::Ending(_) => None,
+        };
+        let is_exact = matches!(pattern, HostPattern::Exact(_));
+        let covered = self.0.iter().filter(move |(name, _)| !is_exact && pattern.covers(name)).map(|(_, found)| found);
+        exact.into_iter().chain(covered).flatten().copied()
     }
 }
 

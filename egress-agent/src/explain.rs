@@ -5,7 +5,7 @@
 
 use std::{collections::HashSet, net::IpAddr};
 
-use egress_common::{Decision, Flow, Protocol, Scope, Verdict};
+use egress_common::{Decision, Flow, Protocol, Verdict};
 use ipnet::IpNet;
 use serde::Serialize;
 
@@ -43,7 +43,7 @@ impl Destination {
             L4::Tcp => Protocol::Tcp,
             L4::Udp => Protocol::Udp,
         };
-        Flow { scope: Scope::DEFAULT, protocol, address: self.address.into(), port: self.port }
+        Flow { place: Ruleset::PLACE, protocol, address: self.address.into(), port: self.port }
     }
 }
 
@@ -147,7 +147,7 @@ impl<'a> Explainer<'a> {
 
     /// How much it holds: rules and prefixes.
     pub fn size(&self) -> usize {
-        let prefixes: usize = self.ruleset.views().map(|(_, table)| table.entries().len()).sum();
+        let prefixes: usize = self.ruleset.views(Ruleset::SCOPE).map(|(_, table)| table.entries().len()).sum();
         self.ruleset.rules.len() + prefixes
     }
 

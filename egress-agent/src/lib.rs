@@ -3,14 +3,16 @@
 //! Text becomes a [`policy::PolicySet`], that a [`ruleset::Ruleset`], and that the contents of kernel maps: one type
 //! for each step. Only [`dataplane`] makes bpf calls; only the binary prints, exits and reads the environment.
 
-mod attachment;
 pub mod cgroup;
 pub mod check;
 pub mod cli;
 pub mod compile;
+pub mod control;
 pub mod dataplane;
+mod enforcement;
 pub mod events;
 pub mod explain;
+mod hierarchy;
 pub mod pins;
 pub mod policy;
 pub mod prefix;
@@ -18,7 +20,9 @@ mod report;
 pub mod resolv;
 pub mod ruleset;
 pub mod run;
+pub mod scopes;
 mod source;
+pub mod status;
 pub mod users;
 mod watch;
 pub mod workload;

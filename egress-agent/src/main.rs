@@ -11,18 +11,21 @@ use anyhow::Context as _;
 use clap::Parser;
 use egress_agent::{
     check::{LookUp, Report},
-    cli::{CheckArgs, Cli, Command, ExplainArgs, LogLevel, Output, RunArgs},
+    cli::{CheckArgs, Cli, Command, DetachArgs, ExplainArgs, LogLevel, Output, ReloadArgs, RunArgs, StatusArgs},
     compile::{Context, Names, NodeDefault},
+    control::{self, Request},
     explain::{
         Explainer,
         ask::{self, Target, Who, flows},
     },
+    pins::{self, PinError},
     policy::{
         diagnostic::{Color, Severity, render},
         load::{LoadOptions, load},
     },
     resolv,
-    run::{self, chain},
+    run::{self, Reloaded, chain},
+    status::Status,
     users::{PASSWD, Users},
 };
 use tracing_subscriber::{
@@ -39,6 +42,9 @@ fn main() -> ExitCode {
     start_log(cli.log);
     match cli.command {
         Command::Run(args) => run(&args, cli.log),
+        Command::Status(args) => finish(status(&args)),
+        Command::Reload(args) => finish(reload(&args)),
+        Command::Detach(args) => finish(detach(&args)),
         Command::Check(args) => finish(check(&args)),
         Command::Explain(args) => finish(explain(&args)),
     }
@@ -73,6 +79,49 @@ fn output(asked: Option<Output>) -> Output {
 fn color() -> Color {
     let wanted = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     if wanted { Color::Ansi } else { Color::Never }
+}
+
+fn status(args: &StatusArgs) -> anyhow::Result<u8> {
+    let status = Status::read(&args.agent.pin_dir, &args.agent.run_dir)?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = match output(args.output) {
+        Output::Text => write!(out, "{status}"),
+        Output::Json => serde_json::to_writer(&mut out, &status).map_err(io::Error::from).and_then(|()| writeln!(out)),
+    };
+    unless_reader_left(written.and_then(|()| out.flush())).context("cannot write the status")?;
+    Ok(status.exit_code())
+}
+
+fn reload(args: &ReloadArgs) -> anyhow::Result<u8> {
+    let socket = control::socket(&args.agent.run_dir, &args.agent.pin_dir);
+    let unreached = || format!("cannot reach the agent at {}: does it run?", socket.display());
+    if !args.wait {
+        control::tell(&socket, Request::Reload).with_context(unreached)?;
+        return Ok(0);
+    }
+    let Reloaded { generation, error } = control::ask(&socket, Request::Reload).with_context(unreached)?;
+    match &error {
+        None => say(&format!("generation {generation} is in force\n")),
+        Some(error) => say(&format!("error: {error}; generation {generation} stays in force\n")),
+    }
+    Ok(u8::from(error.is_some()))
+}
+
+fn detach(args: &DetachArgs) -> anyhow::Result<u8> {
+    let removed = match pins::remove_all(&args.pin_dir) {
+        Err(error @ PinError::Claimed { .. }) => {
+            say(&format!("error: {error}: stop it first\n"));
+            return Ok(5);
+        }
+        removed => removed?,
+    };
+    for line in &removed {
+        say(&format!("{line}\n"));
+    }
+    if removed.is_empty() {
+        say(&format!("nothing is in force in {}\n", args.pin_dir.display()));
+    }
+    Ok(0)
 }
 
 fn check(args: &CheckArgs) -> anyhow::Result<u8> {

@@ -38,18 +38,22 @@ pub struct Reporter {
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Reporter {
-    /// Starts to report.
+    /// Starts to report, with what was left unread before.
     pub fn start(
         events: RingBuf<MapData>,
         log: Option<KernelLog>,
         enricher: Enricher,
         output: Output,
+        backlog: Vec<Event>,
     ) -> io::Result<Self> {
         let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC)?;
         // Not std's handle, whose buffer would keep what could not be written.
         let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
         let mut source = Source { out, events, log, enricher, output, closed: false, lost: 0 };
-        let thread = thread::Builder::new().name("report".to_owned()).spawn(move || source.run(&stopped))?;
+        let thread = thread::Builder::new().name("report".to_owned()).spawn(move || {
+            backlog.into_iter().for_each(|event| source.report(Some(event)));
+            source.run(&stopped);
+        })?;
         Ok(Self { thread, stop })
     }
 
@@ -110,36 +114,34 @@ impl Source {
             log.flush();
         }
         let before = self.lost;
-        while let Some(record) = self.events.next() {
-            let Some(connection) = read(&record, &mut self.enricher) else {
-                tracing::error!("the kernel programs reported an event of another version");
-                continue;
-            };
-            drop(record);
-            if self.closed {
-                continue;
-            }
-            match write(&mut self.out, &connection, self.output) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    tracing::error!("nobody reads stdout any more; enforcement goes on without reports");
-                    self.closed = true;
-                }
-                // A full disk and the like may pass: this line is lost, the next may not be.
-                Err(error) => {
-                    self.lost += 1;
-                    tracing::debug!(%error, "a denial is lost");
-                }
-            }
+        while let Some(event) = self.events.next().map(|record| Event::read_from_bytes(&record).ok()) {
+            self.report(event);
         }
         if self.lost > before {
             tracing::error!(lost = self.lost, "denials could not be written to stdout");
         }
     }
-}
 
-fn read(record: &[u8], enricher: &mut Enricher) -> Option<Connection> {
-    enricher.connection(&Event::read_from_bytes(record).ok()?)
+    fn report(&mut self, event: Option<Event>) {
+        let Some(connection) = event.and_then(|event| self.enricher.connection(&event)) else {
+            return tracing::error!("the kernel programs reported an event of another version");
+        };
+        if self.closed {
+            return;
+        }
+        match write(&mut self.out, &connection, self.output) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                tracing::error!("nobody reads stdout any more; enforcement goes on without reports");
+                self.closed = true;
+            }
+            // A full disk and the like may pass: this line is lost, the next may not be.
+            Err(error) => {
+                self.lost += 1;
+                tracing::debug!(%error, "a denial is lost");
+            }
+        }
+    }
 }
 
 fn write(out: &mut File, connection: &Connection, output: Output) -> io::Result<()> {

@@ -6,8 +6,8 @@
 use std::num::NonZeroU32;
 
 use egress_common::{
-    Action, Address, Decision, Entries, Entry, Flow, Protocol, RuleId, Rules, Scope, Segment, SegmentList, View,
-    decide, find_segment,
+    Address, Decision, Entries, Entry, Flow, Place, Protocol, RuleId, Rules, Scope, Segment, SegmentList, View, decide,
+    find_segment,
 };
 use sha2::{Digest, Sha256};
 use zerocopy::IntoBytes;
@@ -57,15 +57,20 @@ impl Ruleset {
         hasher.finalize().into()
     }
 
-    /// The views there are, with the index each has in the `POLICY` map.
-    pub fn views(&self) -> impl Iterator<Item = (View, &Table)> {
-        let scope = Scope::DEFAULT;
+    /// The scope under which a ruleset answers by itself.
+    pub const SCOPE: Scope = Scope::new(0);
+
+    /// Where a ruleset answers by itself.
+    pub const PLACE: Place = Place::Scope(Self::SCOPE);
+
+    /// The views there are as those of a scope, each with the index it then has in the `POLICY` map.
+    pub fn views(&self, scope: Scope) -> impl Iterator<Item = (View, &Table)> {
         let with_audit = self.with_audit.as_ref().map(|table| (scope.with_audit(), table));
         [(scope.enforcing(), &self.enforcing)].into_iter().chain(with_audit)
     }
 
     fn table(&self, view: View) -> Option<&Table> {
-        self.views().find_map(|(index, table)| (index == view).then_some(table))
+        self.views(Self::SCOPE).find_map(|(index, table)| (index == view).then_some(table))
     }
 }
 
@@ -77,7 +82,7 @@ impl Rules for Ruleset {
     }
 
     fn segment(&self, list: SegmentList, protocol: Protocol, port: u16) -> Option<Segment> {
-        let (_, table) = self.views().find(|(view, _)| view.index() == u32::from(list.slot))?;
+        let (_, table) = self.views(Self::SCOPE).find(|(view, _)| view.index() == u32::from(list.slot))?;
         let get = |index: u32| table.segments.get(usize::try_from(list.first + index).ok()?).copied();
         get(find_segment(list.count, protocol, port, get)?)
     }
@@ -108,12 +113,6 @@ pub struct Table {
 }
 
 impl Table {
-    /// The view in which everything is allowed.
-    pub fn allow_any() -> Self {
-        let roots = vec![(Prefix::V6_ROOT, 0), (Prefix::V4_ROOT, 0)];
-        Self::new(roots, vec![Entry::new(Entries::None, Action::Allow)], Vec::new())
-    }
-
     /// From sorted prefixes with the roots among them, each with the index of its value.
     pub(crate) fn new(contents: Vec<(Prefix, u32)>, values: Vec<Entry>, segments: Vec<Segment>) -> Self {
         let (prefixes, value_of): (Vec<Prefix>, Vec<u32>) = contents.into_iter().unzip();

@@ -1,35 +1,40 @@
 //! The daemon: puts the policies in force, reports what they refuse, and follows their files.
 //!
-//! Order at start: policy read and compiled, kernel probed, maps filled, programs attached, READY. Afterwards a policy
-//! that cannot be read leaves the last good one in force.
+//! Order at start: policy read, kernel probed, maps filled, programs attached and pinned, the set of the agent before
+//! retired, READY. Afterwards a policy that cannot be read leaves the last good one in force.
 
 use std::{
     io::{self, IsTerminal},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use egress_common::Counter;
+use egress_common::{Counter, Event};
 use sd_notify::NotifyState;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
     task::spawn_blocking,
     time::{Instant, Interval, interval, sleep_until},
 };
 
 use crate::{
-    attachment::{Attachment, LOOK_AFTER},
     cgroup::{self, CgroupError, CgroupPaths},
     cli::{LogLevel, Output, RunArgs},
-    compile::CompileError,
-    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog},
+    compile::{CompileError, Names, NodeAction, NodeDefault},
+    control::{self, Asked, Control, Request},
+    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, pinned},
+    enforcement::{Enforcement, LOOK_AFTER, Target},
     events::Enricher,
     pins::{PinDirectory, PinError},
-    policy::load::{LoadError, Loaded},
+    policy::load::{LoadError, LoadOptions},
     report::Reporter,
-    ruleset::Ruleset,
-    source::Source,
+    scopes::Selector,
+    source::{Policy, Source, SourceOptions},
+    status::{self, FromAgent, Wildcard},
+    workload::names_root,
 };
 
 /// Why the agent ended before it was asked to.
@@ -50,6 +55,20 @@ pub enum RunError {
     /// The pin directory cannot be had.
     #[error(transparent)]
     Pins(#[from] PinError),
+    /// The agent would have to filter itself.
+    #[error(
+        "the agent itself runs in cgroup {}, and never filters itself: start it from another cgroup", .path.display()
+    )]
+    OwnCgroup {
+        /// The cgroup to filter.
+        path: PathBuf,
+    },
+    /// Everything on the host would be refused.
+    #[error(
+        "no document at all and --default Deny would refuse everything on this host: add policies, use --default Audit, or \
+         --force"
+    )]
+    NeedsForce,
     /// The kernel cannot be brought to enforce.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
@@ -72,7 +91,9 @@ impl RunError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Load(_) | Self::Invalid { .. } | Self::Compile(_) => 1,
-            Self::Cgroup(CgroupError::NotFound { .. } | CgroupError::NotCgroup2 { .. }) => 2,
+            Self::Cgroup(CgroupError::NotFound { .. } | CgroupError::NotCgroup2 { .. })
+            | Self::OwnCgroup { .. }
+            | Self::NeedsForce => 2,
             Self::Pins(PinError::Claimed { .. }) => 5,
             Self::Cgroup(_) | Self::Dataplane(_) | Self::Pins(_) | Self::System { .. } => 4,
         }
@@ -90,24 +111,64 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
-    let mut source = Source::new(args)?;
-    let (loaded, ruleset) = source.read()?;
+    let mut source = Source::new(options(args))?;
+    let policy = source.read()?;
     dataplane::probe()?;
     let mount = cgroup::mount_point()?;
-    let mut attachment = Attachment::new(&args.cgroup, &mount)?;
-    let claim = |path: &PathBuf| PinDirectory::claim(path, dataplane::pinned_by);
-    let pins = args.pin_dir.as_ref().map(claim).transpose()?;
-    let mut dataplane = Dataplane::prepare(object, kernel_log(log), pins)?;
-    let applied = dataplane.apply(&ruleset)?;
-    let reporter = start_reports(&mut dataplane, mount, args.output)?;
+    let target = Target::open(&args.cgroup, &mount)?;
+    if target.cgroup.is_root() {
+        warn_of_exempt(&mount, args, &policy)?;
+    }
+    let pins = PinDirectory::claim(&args.pin_dir)?;
+    let limit = args.memory_limit.saturating_mul(1_000_000);
+    let dataplane = Dataplane::prepare(object, kernel_log(log), pins.begin()?, limit)?;
+    let selector = source.selector(&policy, Names::default());
+    let (mut enforcement, applied) = Enforcement::new(target, dataplane, selector)?;
     // Before there is something to undo, a signal simply ends the process.
     let mut signals = Signals::new()?;
-    attachment.attach(&mut dataplane)?;
-    announce(&applied, &loaded, &attachment.cgroup.path);
-    let state = State { source, dataplane, ruleset: Some(ruleset), generation: applied.generation };
-    follow(state, attachment, &mut signals).await?;
-    tracing::info!("asked to stop: detaching");
-    reporter.finish();
+    enforcement.attach()?;
+    enforcement.dataplane.commit()?;
+    let backlog = retire(&pins, enforcement.dataplane.pins().path());
+    let reporter = start_reports(&mut enforcement.dataplane, mount, args.output, backlog)?;
+    announce(&applied, &policy, &enforcement.cgroup.path);
+    let control = listen(args);
+    let state =
+        State { source, enforcement, policy, rules: applied.rules, last_error: None, started: SystemTime::now() };
+    let enforcement = follow(state, control, &mut signals).await?;
+    if args.detach_on_exit {
+        tracing::info!("asked to stop: detaching");
+        if let Some(enforcement) = enforcement {
+            pinned::detach(enforcement.dataplane.pins().path())?;
+            reporter.finish();
+            pinned::remove(enforcement.dataplane.pins().path())?;
+        }
+        pins.remove()?;
+    } else {
+        reporter.finish();
+        tracing::info!("asked to stop: the rules stay in force; `egress-agent detach` removes them");
+    }
+    Ok(())
+}
+
+fn options(args: &RunArgs) -> SourceOptions {
+    SourceOptions {
+        paths: args.policies.clone(),
+        load: LoadOptions { require_root_owned: !args.allow_writable_policies, follow: true },
+        node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
+        unknown: args.unknown_workloads,
+    }
+}
+
+/// Tells how many tasks the root cgroup has. Where everything would be refused but them, that is probably a mistake.
+fn warn_of_exempt(mount: &Path, args: &RunArgs, policy: &Policy) -> Result<(), RunError> {
+    if args.default == NodeAction::Deny && policy.documents == 0 && !args.force {
+        return Err(RunError::NeedsForce);
+    }
+    if policy.set.egress_policies.iter().any(names_root) {
+        return Ok(());
+    }
+    let tasks = std::fs::read_to_string(mount.join("cgroup.threads")).map_or(0, |tasks| tasks.lines().count());
+    tracing::warn!(tasks, "tasks in the root cgroup itself are not filtered; a policy for cgroup `/` would");
     Ok(())
 }
 
@@ -118,18 +179,44 @@ const fn kernel_log(log: LogLevel) -> KernelLog {
     }
 }
 
-fn start_reports(dataplane: &mut Dataplane, mount: PathBuf, output: Option<Output>) -> Result<Reporter, RunError> {
+/// Takes every set but our own out of force, and hands over what their programs reported and nobody read. What fails here
+/// is more that is enforced, never less.
+fn retire(pins: &PinDirectory, own: &Path) -> Vec<Event> {
+    let others = pins.sets().unwrap_or_default();
+    let mut backlog = Vec::new();
+    for set in others.iter().filter(|set| *set != own) {
+        let path = set.display();
+        let retired = pinned::detach(set).map(|()| match pinned::drain(set) {
+            Ok(events) => backlog.extend(events),
+            Err(error) => tracing::warn!(error = %chain(&error), pins = %path, "denials of the agent before are lost"),
+        });
+        match retired.and_then(|()| pinned::remove(set)) {
+            Ok(()) => tracing::info!(pins = %path, "retired the rules of the agent before"),
+            Err(error) => {
+                tracing::error!(error = %chain(&error), pins = %path, "the rules of the agent before stay in force too")
+            }
+        }
+    }
+    backlog
+}
+
+fn start_reports(
+    dataplane: &mut Dataplane,
+    mount: PathBuf,
+    output: Option<Output>,
+    backlog: Vec<Event>,
+) -> Result<Reporter, RunError> {
     let enricher = Enricher::new(CgroupPaths::new(mount), dataplane.rule_names());
     let output = output.unwrap_or(if io::stdout().is_terminal() { Output::Text } else { Output::Json });
     let (events, log) = (dataplane.take_events()?, dataplane.take_log());
-    Reporter::start(events, log, enricher, output).map_err(system("cannot start to report denials"))
+    Reporter::start(events, log, enricher, output, backlog).map_err(system("cannot start to report denials"))
 }
 
 /// Tells whoever waits: the log, and systemd.
-fn announce(applied: &Applied, loaded: &Loaded, cgroup: &Path) {
-    let Applied { generation, rules, prefixes, segments } = *applied;
-    let (documents, cgroup) = (loaded.documents, cgroup.display());
-    tracing::info!(generation, documents, rules, prefixes, segments, %cgroup, "policy applied");
+fn announce(applied: &Applied, policy: &Policy, cgroup: &Path) {
+    let Applied { generation, scopes, rules, prefixes, segments, .. } = *applied;
+    let (documents, cgroup) = (policy.documents, cgroup.display());
+    tracing::info!(generation, documents, rules, scopes, prefixes, segments, %cgroup, "policy applied");
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("generation {generation}"))]);
 }
 
@@ -139,48 +226,83 @@ fn notify(states: &[NotifyState<'_>]) {
     }
 }
 
-/// What is in force.
-struct State {
-    source: Source,
-    dataplane: Dataplane,
-    /// `None` after a change that failed half-way: whatever is read next is put in force.
-    ruleset: Option<Ruleset>,
-    generation: u64,
+/// Without a control socket all is enforced the same; `status` reads the pins, and SIGHUP reloads.
+fn listen(args: &RunArgs) -> Option<Control> {
+    let path = control::socket(&args.run_dir, &args.pin_dir);
+    let listening = Control::listen(path.clone());
+    if let Err(error) = &listening {
+        tracing::warn!(%error, path = %path.display(), "no control socket: `status` tells less, and `reload` does not reach");
+    }
+    listening.ok()
 }
 
-/// Follows the files until a signal ends it.
-async fn follow(mut state: State, mut attachment: Attachment, signals: &mut Signals) -> Result<(), RunError> {
+/// What is in force, and where it comes from.
+struct State {
+    source: Source,
+    enforcement: Enforcement,
+    policy: Policy,
+    rules: usize,
+    /// Why the policy that was read last is not in force.
+    last_error: Option<String>,
+    started: SystemTime,
+}
+
+/// Follows the files and the cgroups until a signal ends it. `None` if it ended while a policy was being put in force.
+async fn follow(
+    mut state: State,
+    mut control: Option<Control>,
+    signals: &mut Signals,
+) -> Result<Option<Enforcement>, RunError> {
     let mut due = None;
     let mut watchdog = Watchdog::new();
     let mut pulse = interval(LOOK_AFTER);
     let mut lost = 0;
+    let mut waiting: Vec<oneshot::Sender<String>> = Vec::new();
     loop {
         let mut look_again = false;
         tokio::select! {
-            _ = signals.terminate.recv() => return Ok(()),
-            _ = signals.interrupt.recv() => return Ok(()),
+            _ = signals.terminate.recv() => return Ok(Some(state.enforcement)),
+            _ = signals.interrupt.recv() => return Ok(Some(state.enforcement)),
             _ = signals.hangup.recv() => look_again = true,
             () = at(due) => look_again = true,
             () = watchdog.tick() => {}
             _ = pulse.tick() => {
-                attachment.look_after(&mut state.dataplane);
+                state.enforcement.look_after();
                 state.report_lost(&mut lost);
             }
-            changed = attachment.watch.changed() => {
-                changed.map_err(system("cannot watch the cgroup"))?;
-                attachment.look_after(&mut state.dataplane);
+            noticed = state.enforcement.changed() => {
+                let noticed = noticed.map_err(system("cannot watch cgroups"))?;
+                state.enforcement.follow(noticed);
             }
             changed = state.source.watch.changed() => {
                 changed.map_err(system("cannot watch policy files"))?;
                 let soon = Instant::now() + DEBOUNCE;
                 due = Some(due.map_or(soon, |due: Instant| due.min(soon)));
             }
+            Asked { request, answer } = next(&mut control) => match request {
+                Request::Status => drop(answer.send(state.tell())),
+                Request::Reload => {
+                    waiting.push(answer);
+                    look_again = true;
+                }
+            },
         }
         if look_again {
-            let Some((returned, retry)) = reload(state, &mut watchdog, signals).await? else { return Ok(()) };
+            let Some((returned, retry)) = reload(state, &mut watchdog, signals).await? else { return Ok(None) };
             state = returned;
             due = retry.map(|delay| Instant::now() + delay);
+            for answer in waiting.drain(..) {
+                // Whoever asked may be gone.
+                let _ = answer.send(state.tell_reload());
+            }
         }
+    }
+}
+
+async fn next(control: &mut Option<Control>) -> Asked {
+    match control {
+        Some(control) => control.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -215,16 +337,22 @@ impl State {
             notify(&[NotifyState::Reloading, now]);
         }
         let result = self.read_and_apply();
+        let generation = self.enforcement.dataplane.meta().generation();
         let (status, retry) = match &result {
-            Ok(()) => (format!("generation {}", self.generation), None),
+            Ok(()) => {
+                self.last_error = None;
+                (format!("generation {generation}"), None)
+            }
             Err(RunError::Load(error @ LoadError::BeingWritten { .. })) => {
-                tracing::info!(generation = self.generation, "{error}");
-                (format!("generation {}", self.generation), Some(RETRY))
+                tracing::info!(generation, "{error}");
+                (format!("generation {generation}"), Some(RETRY))
             }
             Err(error) => {
                 let cause = chain(error);
-                tracing::error!(error = %cause, generation = self.generation, "the last good policy stays in force");
-                (format!("generation {}; {cause}", self.generation), Some(RETRY))
+                tracing::error!(error = %cause, generation, "the last good policy stays in force");
+                let status = format!("generation {generation}; {cause}");
+                self.last_error = Some(cause);
+                (status, Some(RETRY))
             }
         };
         notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
@@ -232,23 +360,50 @@ impl State {
     }
 
     fn read_and_apply(&mut self) -> Result<(), RunError> {
-        let (loaded, ruleset) = self.source.read()?;
-        if self.ruleset.as_ref() == Some(&ruleset) {
-            tracing::info!(generation = self.generation, "policy unchanged");
-            return Ok(());
+        let policy = self.source.read()?;
+        let selector = self.source.selector(&policy, Names::default());
+        self.put_in_force(policy, selector)
+    }
+
+    fn put_in_force(&mut self, policy: Policy, selector: Selector) -> Result<(), RunError> {
+        let applied = self.enforcement.adopt(selector)?;
+        let Applied { generation, is_changed, scopes, rules, prefixes, segments } = applied;
+        self.policy = policy;
+        self.rules = rules;
+        if is_changed {
+            let documents = self.policy.documents;
+            tracing::info!(generation, documents, rules, scopes, prefixes, segments, "policy applied");
+        } else {
+            tracing::info!(generation, "policy unchanged");
         }
-        self.ruleset = None;
-        let applied = self.dataplane.apply(&ruleset)?;
-        let Applied { generation, rules, prefixes, segments } = applied;
-        tracing::info!(generation, documents = loaded.documents, rules, prefixes, segments, "policy applied");
-        self.ruleset = Some(ruleset);
-        self.generation = generation;
         Ok(())
+    }
+
+    /// The answer to [`Request::Status`].
+    fn tell(&self) -> String {
+        let wildcards = self.policy.wildcards.iter().cloned().map(|(host, document)| Wildcard { host, document });
+        let told = FromAgent {
+            since: status::time(self.started),
+            documents: self.policy.documents,
+            rules: self.rules,
+            last_error: self.last_error.clone(),
+            attached: self.enforcement.is_attached(),
+            scopes: self.enforcement.scopes(),
+            names: status::Names { wildcards: wildcards.collect(), resolved: Vec::new() },
+        };
+        serde_json::to_string(&told).unwrap_or_default()
+    }
+
+    /// The answer to [`Request::Reload`].
+    fn tell_reload(&self) -> String {
+        let generation = self.enforcement.dataplane.meta().generation();
+        let told = Reloaded { generation, error: self.last_error.clone() };
+        serde_json::to_string(&told).unwrap_or_default()
     }
 
     /// Tells of events that found no room in the ring buffer since the last time.
     fn report_lost(&self, before: &mut u64) {
-        let counters = match self.dataplane.counters() {
+        let counters = match self.enforcement.dataplane.counters() {
             Ok(counters) => counters,
             Err(error) => return tracing::error!(error = %chain(&error), "cannot read the counters"),
         };
@@ -258,6 +413,16 @@ impl State {
             *before = lost;
         }
     }
+}
+
+/// The answer to [`Request::Reload`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// What is in force.
+    pub generation: u64,
+    /// Why it is not what was read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// An error with all its causes, in one line.

@@ -1,45 +1,69 @@
-//! Policy files, read and compiled for the daemon: watched before they are read, and reported on as they are.
+//! Policy files, read for the daemon: watched before they are read, and reported on as they are.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use crate::{
-    cli::RunArgs,
-    compile::{Context, Names, NodeDefault, combine::service_statements, compile},
+    compile::{Context, Names, NodeDefault, combine::dialled_names},
     policy::{
-        PolicySet,
+        HostPattern, PolicySet, User,
         diagnostic::{Finding, Severity},
         egress_policy::unbuilt::unsupported,
         load::{LoadError, LoadOptions, Loaded, load, watched},
     },
     resolv,
-    ruleset::Ruleset,
     run::{RunError, system},
+    scopes::{Selector, UnknownWorkloads},
+    users::{PASSWD, Users},
     watch::Watch,
-    workload::Workload,
+    workload::{UserIdentity, selected_users},
 };
+
+/// Where policies come from, and how they are read.
+#[derive(Debug, Clone)]
+pub(crate) struct SourceOptions {
+    /// Files and directories.
+    pub(crate) paths: Vec<PathBuf>,
+    /// How they are read.
+    pub(crate) load: LoadOptions,
+    /// `builtin/default`.
+    pub(crate) node_default: NodeDefault,
+    /// What becomes of cgroups that are not placed yet.
+    pub(crate) unknown: UnknownWorkloads,
+}
 
 /// Where policies come from.
 pub(crate) struct Source {
-    paths: Vec<PathBuf>,
-    options: LoadOptions,
-    node_default: NodeDefault,
+    options: SourceOptions,
     /// Where changes are noticed.
     pub(crate) watch: Watch,
 }
 
+/// Policies that were read and are valid.
+#[derive(Debug, Clone)]
+pub(crate) struct Policy {
+    pub(crate) set: Arc<PolicySet>,
+    pub(crate) documents: usize,
+    system_resolvers: Vec<IpAddr>,
+    users: Vec<UserIdentity>,
+    /// Names whose addresses rules depend on.
+    pub(crate) names: BTreeSet<String>,
+    /// Patterns that cannot be resolved, with the documents that have them.
+    pub(crate) wildcards: Vec<(String, String)>,
+}
+
 impl Source {
-    /// As the command line says; nothing is read yet.
-    pub(crate) fn new(args: &RunArgs) -> Result<Self, RunError> {
-        Ok(Self {
-            paths: args.policies.clone(),
-            options: LoadOptions { require_root_owned: !args.allow_writable_policies, follow: true },
-            node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
-            watch: Watch::new().map_err(system("cannot watch policy files"))?,
-        })
+    /// Nothing is read yet. Must be called in a tokio runtime.
+    pub(crate) fn new(options: SourceOptions) -> Result<Self, RunError> {
+        Ok(Self { options, watch: Watch::new().map_err(system("cannot watch policy files"))? })
     }
 
-    /// Reads and compiles.
-    pub(crate) fn read(&mut self) -> Result<(Loaded, Ruleset), RunError> {
+    /// Reads, and tells of every finding.
+    pub(crate) fn read(&mut self) -> Result<Policy, RunError> {
         let loaded = self.load()?;
         let unbuilt: Vec<Finding> = loaded.policies.egress_policies.iter().flat_map(unsupported).collect();
         let findings = || loaded.findings.iter().chain(&unbuilt);
@@ -48,24 +72,38 @@ impl Source {
         if errors > 0 {
             return Err(RunError::Invalid { errors });
         }
-        warn_of_names(&loaded.policies);
         let resolv_conf = Path::new(resolv::RESOLV_CONF);
         let system_resolvers = resolv::resolvers(resolv_conf).map_err(system("cannot read /etc/resolv.conf"))?;
-        let context = Context { node_default: self.node_default, system_resolvers, names: Names::default() };
-        let ruleset = compile(&loaded.policies, &Workload::default(), &context)?;
-        Ok((loaded, ruleset))
+        let (names, wildcards) = names(&loaded.policies);
+        let users = users(&loaded.policies);
+        Ok(Policy {
+            documents: loaded.documents,
+            set: Arc::new(loaded.policies),
+            system_resolvers,
+            users,
+            names,
+            wildcards,
+        })
+    }
+
+    /// Places workloads by these policies and what is known of their names.
+    pub(crate) fn selector(&self, policy: &Policy, names: Names) -> Selector {
+        let (node_default, system_resolvers) = (self.options.node_default, policy.system_resolvers.clone());
+        let context = Context { node_default, system_resolvers, names };
+        Selector::new(policy.set.clone(), context, self.options.unknown, policy.users.clone())
     }
 
     /// What is read is watched first, so that no change is missed. A directory that appeared meanwhile was read, perhaps,
     /// and not watched: then all is read again.
     fn load(&mut self) -> Result<Loaded, LoadError> {
-        let paths: Vec<PathBuf> = self.paths.iter().cloned().chain([resolv::RESOLV_CONF.into()]).collect();
+        let beside = [resolv::RESOLV_CONF, PASSWD].map(PathBuf::from);
+        let paths: Vec<PathBuf> = self.options.paths.iter().cloned().chain(beside).collect();
         loop {
             let seen = watched(&paths);
             if let Err(error) = self.watch.set(seen.clone()) {
                 tracing::error!(%error, "cannot watch policy files; see fs.inotify.max_user_watches. Changes need SIGHUP");
             }
-            let loaded = load(&self.paths, &self.options);
+            let loaded = load(&self.options.paths, &self.options.load);
             if watched(&paths) == seen {
                 return loaded;
             }
@@ -83,15 +121,37 @@ fn report(finding: &Finding) {
     }
 }
 
-/// Names are not resolved: an entry that has nothing else opens nothing.
-fn warn_of_names(policies: &PolicySet) {
-    for entry in &policies.service_entries {
-        if service_statements(entry, &Names::default()).all(|statement| statement.parts.is_empty()) {
-            let hosts: Vec<String> = entry.hosts.iter().map(ToString::to_string).collect();
-            tracing::warn!(
-                entry = %entry.object, at = %entry.at, hosts = hosts.join(","),
-                "names are not resolved: this entry has no addresses and opens nothing"
-            );
+/// The names that can be resolved, and the patterns that cannot; a warning for each of these.
+fn names(policies: &PolicySet) -> (BTreeSet<String>, Vec<(String, String)>) {
+    let (mut names, mut wildcards) = (BTreeSet::new(), Vec::new());
+    for (object, pattern) in dialled_names(policies) {
+        match pattern {
+            HostPattern::Exact(name) => drop(names.insert(name)),
+            HostPattern::Below(_) | HostPattern::Ending(_) => {
+                tracing::warn!(document = %object, host = %pattern, "a wildcard cannot be resolved: it opens nothing");
+                wildcards.push((pattern.to_string(), object.to_string()));
+            }
         }
     }
+    (names, wildcards)
+}
+
+/// The users that policies select by, in both forms; a warning for those that are not known here.
+fn users(policies: &PolicySet) -> Vec<UserIdentity> {
+    let known = Users::read(Path::new(PASSWD));
+    let identity = |user: &User| match user {
+        User::Uid(uid) => known.identity(&uid.to_string()),
+        User::Name(name) => known.identity(name),
+    };
+    let mut users: Vec<UserIdentity> = selected_users(policies).map(identity).collect();
+    users.retain(|user| {
+        if user.uid.is_none() {
+            let name = user.name.as_deref().unwrap_or_default();
+            tracing::warn!(user = name, "no such user in {PASSWD}: what selects it selects nobody");
+        }
+        user.uid.is_some()
+    });
+    users.sort_by_key(|user| user.uid);
+    users.dedup();
+    users
 }

@@ -1,8 +1,11 @@
 //! A workload as policies see it, and which policies select it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::policy::{EgressPolicy, LabelOperator, LabelRequirement, PodSelector, PolicySet, Selector, User};
+use crate::{
+    cgroup,
+    policy::{EgressPolicy, LabelOperator, LabelRequirement, PodSelector, PolicySet, Selector, User},
+};
 
 /// What is known of a workload. A selector of a kind that is not known here does not match.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -66,10 +69,88 @@ pub fn selects(policy: &EgressPolicy, workload: &Workload) -> bool {
 fn matches(selector: &Selector, workload: &Workload) -> bool {
     match selector {
         Selector::Cgroup(pattern) => workload.cgroup.as_deref().is_some_and(|path| cgroup_matches(pattern, path)),
-        Selector::Unit(pattern) => workload.unit.as_deref().is_some_and(|unit| glob(pattern, unit)),
+        Selector::Unit(pattern) => {
+            let slices = workload.cgroup.as_deref().into_iter().flat_map(slices);
+            workload.unit.as_deref().into_iter().chain(slices).any(|unit| glob(pattern, unit))
+        }
         Selector::Pod(selector) => workload.pod.as_ref().is_some_and(|pod| pod_matches(selector, pod)),
         Selector::User(user) => workload.user.as_ref().is_some_and(|identity| user_matches(user, identity)),
     }
+}
+
+/// The slices that a cgroup is in: a slice holds only slices and other units, so they come first in its path.
+fn slices(path: &str) -> impl Iterator<Item = &str> {
+    path.trim_matches('/').split('/').take_while(|name| is_slice(name))
+}
+
+fn is_slice(name: &str) -> bool {
+    name.ends_with(".slice")
+}
+
+/// Whether some cgroup below `path` is selected by a policy that does not select `path` itself.
+pub fn selects_only_below(policy: &EgressPolicy, path: &str) -> bool {
+    let Some(selectors) = &policy.workloads else { return false };
+    let workload = Workload {
+        cgroup: Some(path.to_owned()),
+        unit: cgroup::unit(path.as_ref()).map(str::to_owned),
+        ..Workload::default()
+    };
+    // The root cgroup is nobody's parent in this: its pattern selects it alone.
+    let is_selected =
+        !path.trim_matches('/').is_empty() && selectors.iter().any(|selector| matches(selector, &workload));
+    !is_selected && selectors.iter().any(|selector| reaches_below(selector, path))
+}
+
+fn reaches_below(selector: &Selector, path: &str) -> bool {
+    match selector {
+        Selector::Cgroup(pattern) => cgroup_may_match_below(pattern, path),
+        // Units lie in slices alone.
+        Selector::Unit(_) => path.trim_matches('/').split('/').all(|name| name.is_empty() || is_slice(name)),
+        // Pods are placed by whoever knows them; users have no place.
+        Selector::Pod(_) | Selector::User(_) => false,
+    }
+}
+
+/// Whether a longer path than `path` can match the pattern: the places in the pattern that are reached after `path`.
+fn cgroup_may_match_below(pattern: &str, path: &str) -> bool {
+    let (pattern, path) = (pattern.trim_matches('/'), path.trim_matches('/'));
+    if pattern.is_empty() {
+        return false;
+    }
+    let parts: Vec<&str> = pattern.split('/').collect();
+    let skip = |mut reached: BTreeSet<usize>| {
+        for index in 0..parts.len() {
+            if reached.contains(&index) && parts[index] == "**" {
+                reached.insert(index + 1);
+            }
+        }
+        reached
+    };
+    let mut reached = skip(BTreeSet::from([0]));
+    for name in path.split('/').filter(|name| !name.is_empty()) {
+        let next = reached.iter().filter(|&&index| index < parts.len()).filter_map(|&index| match parts[index] {
+            "**" => Some(index),
+            part => glob(part, name).then_some(index + 1),
+        });
+        reached = skip(next.collect());
+    }
+    reached.iter().any(|&index| index < parts.len())
+}
+
+/// Whether a policy names the root cgroup, whose tasks are otherwise exempt.
+pub fn names_root(policy: &EgressPolicy) -> bool {
+    let is_root =
+        |selector: &Selector| matches!(selector, Selector::Cgroup(pattern) if pattern.trim_matches('/').is_empty());
+    policy.workloads.iter().flatten().any(is_root)
+}
+
+/// The users that policies select by.
+pub fn selected_users(policies: &PolicySet) -> impl Iterator<Item = &User> {
+    let selectors = policies.egress_policies.iter().flat_map(|policy| policy.workloads.iter().flatten());
+    selectors.filter_map(|selector| match selector {
+        Selector::User(user) => Some(user),
+        Selector::Cgroup(_) | Selector::Unit(_) | Selector::Pod(_) => None,
+    })
 }
 
 /// A pattern covers what it matches and everything below. `/` is the root cgroup alone. `*` and `?` stay within one
@@ -78,6 +159,9 @@ fn cgroup_matches(pattern: &str, path: &str) -> bool {
     let (pattern, path) = (pattern.trim_matches('/'), path.trim_matches('/'));
     if pattern.is_empty() {
         return path.is_empty();
+    }
+    if path.is_empty() {
+        return false;
     }
     let pattern: Vec<&str> = pattern.split('/').chain(["**"]).collect();
     let path: Vec<&str> = path.split('/').collect();
@@ -193,6 +277,18 @@ mod tests {
             let expected = (1..=path.len()).any(|end| naive(&pattern, &path[..end]));
             prop_assert_eq!(cgroup_matches(&pattern.join("/"), &path.join("/")), expected);
         }
+
+        #[test]
+        fn whatever_is_matched_below_is_foreseen(
+            pattern in prop::collection::vec(prop::sample::select(vec!["**", "*", "?", "a", "b", "ab", "a*"]), 1..6),
+            path in prop::collection::vec(prop::sample::select(vec!["a", "b", "ab", "ba"]), 1..8),
+            split in 0_usize..8,
+        ) {
+            let (pattern, above) = (pattern.join("/"), path[..split.min(path.len() - 1)].join("/"));
+            if cgroup_matches(&pattern, &path.join("/")) && !cgroup_matches(&pattern, &above) {
+                prop_assert!(cgroup_may_match_below(&pattern, &above));
+            }
+        }
     }
 
     #[test]
@@ -200,6 +296,29 @@ mod tests {
         assert!(cgroup_matches("/", ""));
         assert!(!cgroup_matches("/", "system.slice"));
         assert!(cgroup_matches("*", "system.slice/x"));
+    }
+
+    #[test]
+    fn what_cannot_match_below_needs_no_placing() {
+        assert!(!cgroup_may_match_below("system.slice/*.service", "user.slice"));
+        assert!(!cgroup_may_match_below("system.slice/*.service", "system.slice/a.service"));
+        assert!(cgroup_may_match_below("system.slice/*.service", "system.slice"));
+        assert!(cgroup_may_match_below("**/x", "a/b"));
+        assert!(!cgroup_may_match_below("/", ""));
+    }
+
+    #[test]
+    fn a_slice_selects_what_is_in_it_and_a_service_cannot_pose_as_another() {
+        let selector = |unit: &str| Selector::Unit(unit.to_owned());
+        let workload = |path: &str| Workload {
+            cgroup: Some(path.to_owned()),
+            unit: cgroup::unit(path.as_ref()).map(str::to_owned),
+            ..Workload::default()
+        };
+        assert!(matches(&selector("user.slice"), &workload("user.slice/user-1000.slice/session-1.scope")));
+        assert!(!matches(&selector("user.slice"), &workload("system.slice/a.service/user.slice")));
+        assert!(reaches_below(&selector("a.service"), "system.slice"));
+        assert!(!reaches_below(&selector("a.service"), "system.slice/b.service"));
     }
 
     #[test]

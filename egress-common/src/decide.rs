@@ -1,8 +1,8 @@
 //! The decision: one pure function for the kernel, for `explain`, and for tests.
 
 use crate::{
-    Action, Address, Decision, Entries, Entry, Flow, Protocol, Reason, RuleId, Segment, SegmentList, UnknownCode,
-    Verdict, View,
+    Action, Address, Decision, Entries, Entry, Flow, Place, Protocol, Reason, RuleId, Segment, SegmentList,
+    UnknownCode, Verdict, View,
 };
 
 /// Where the rules are kept: kernel maps, or the agent's own copy of them.
@@ -16,15 +16,21 @@ pub trait Rules {
 
 /// Judges a flow.
 ///
-/// 1. The enforcing view decides what happens.
-/// 2. Only where that is allow, the view with Audit policies is asked; where it denies, the flow goes through and is
+/// 1. Who is exempt, or not placed, has no rules.
+/// 2. The enforcing view decides what happens.
+/// 3. Only where that is allow, the view with Audit policies is asked; where it denies, the flow goes through and is
 ///    reported.
 #[inline(always)]
 pub fn decide<R: Rules>(rules: &R, flow: &Flow) -> Decision {
-    let Some(enforced) = judge(rules, flow.scope.enforcing(), flow) else { return Decision::FAULT };
+    let scope = match flow.place {
+        Place::Scope(scope) => scope,
+        Place::Exempt => return Decision::EXEMPT,
+        Place::Unknown => return Decision::UNKNOWN_WORKLOAD,
+    };
+    let Some(enforced) = judge(rules, scope.enforcing(), flow) else { return Decision::FAULT };
     match enforced.verdict {
         Verdict::Deny | Verdict::WouldDeny => enforced,
-        Verdict::Allow => match judge(rules, flow.scope.with_audit(), flow) {
+        Verdict::Allow => match judge(rules, scope.with_audit(), flow) {
             Some(audited) if audited.verdict == Verdict::Deny => Decision { verdict: Verdict::WouldDeny, ..audited },
             Some(_) | None => enforced,
         },
@@ -122,6 +128,7 @@ mod tests {
     use crate::Scope;
 
     const RULE: RuleId = RuleId(NonZeroU32::new(1).unwrap());
+    const SCOPE: Scope = Scope::new(7);
 
     /// Two views that answer every address alike.
     struct Fixed {
@@ -132,7 +139,7 @@ mod tests {
 
     impl Rules for Fixed {
         fn entry(&self, view: View, _: Address) -> Option<Entry> {
-            if view == Scope::DEFAULT.enforcing() { self.enforcing } else { self.with_audit }
+            if view == SCOPE.enforcing() { self.enforcing } else { self.with_audit }
         }
 
         fn segment(&self, list: SegmentList, protocol: Protocol, port: u16) -> Option<Segment> {
@@ -143,7 +150,7 @@ mod tests {
 
     fn flow(protocol: Protocol, port: u16) -> Flow {
         let address = "192.0.2.1".parse::<IpAddr>().unwrap().into();
-        Flow { scope: Scope::DEFAULT, protocol, address, port }
+        Flow { place: Place::Scope(SCOPE), protocol, address, port }
     }
 
     fn entry(action: Action) -> Entry {
@@ -154,6 +161,16 @@ mod tests {
     fn without_a_view_everything_is_refused_as_a_fault() {
         let rules = Fixed { enforcing: None, with_audit: Some(entry(Action::Allow)), segments: Vec::new() };
         assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)), Decision::FAULT);
+    }
+
+    #[test]
+    fn without_a_scope_no_rules_are_asked() {
+        let rules =
+            Fixed { enforcing: Some(entry(Action::Deny)), with_audit: Some(entry(Action::Deny)), segments: Vec::new() };
+        let at = |place| decide(&rules, &Flow { place, ..flow(Protocol::Tcp, 80) });
+        assert_eq!(at(Place::Exempt).verdict, Verdict::Allow);
+        let unknown = at(Place::Unknown);
+        assert_eq!((unknown.verdict, unknown.reason), (Verdict::Deny, Reason::UnknownWorkload));
     }
 
     #[test]

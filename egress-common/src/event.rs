@@ -106,12 +106,12 @@ mod tests {
     use core::{net::IpAddr, num::NonZeroU32};
 
     use super::*;
-    use crate::Scope;
+    use crate::Place;
 
     fn event() -> Event {
         let process = Process { cgroup_id: 1, pid: 2, tid: 3, uid: 4, gid: 5, comm: *b"ratings\0\0\0\0\0\0\0\0\0" };
         let address = "2001:db8::5".parse::<IpAddr>().unwrap().into();
-        let flow = Flow { scope: Scope::DEFAULT, protocol: Protocol::Udp, address, port: 3306 };
+        let flow = Flow { place: Place::Unknown, protocol: Protocol::Udp, address, port: 3306 };
         let rule = Some(RuleId(NonZeroU32::new(9).unwrap()));
         let decision = Decision { verdict: Verdict::WouldDeny, reason: Reason::Rule, rule };
         Event::new(11, process, Hook::Sendmsg6, &flow, &decision)

@@ -1,6 +1,6 @@
 //! The question: who wants to reach what.
 
-use crate::{Address, coded_enum};
+use crate::{Address, Place, coded_enum};
 
 coded_enum! {
     /// The kernel hook that saw a flow.
@@ -62,8 +62,16 @@ impl Protocol {
 pub struct Scope(u32);
 
 impl Scope {
-    /// The scope of every workload below the attach point.
-    pub const DEFAULT: Self = Self(0);
+    /// A scope by its number, below [`crate::MAX_SCOPES`].
+    pub const fn new(number: u32) -> Self {
+        Self(number)
+    }
+
+    /// Its number.
+    #[inline(always)]
+    pub const fn index(self) -> u32 {
+        self.0
+    }
 
     /// The view that decides what happens: enforcing policies only.
     #[inline(always)]
@@ -94,7 +102,7 @@ impl View {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Flow {
     /// Whose rules apply.
-    pub scope: Scope,
+    pub place: Place,
     /// What the socket speaks.
     pub protocol: Protocol,
     /// Where to, as the workload gave it.

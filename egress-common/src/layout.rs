@@ -5,10 +5,20 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{Hook, Reason, Verdict};
 
 /// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
+
+/// Most scopes at a time, those of a change that is being made included.
+pub const MAX_SCOPES: u32 = 4096;
+
+/// Most pairs of a scope and a user with rules of its own.
+pub const MAX_USERS: u32 = 1 << 16;
 
 /// Names of the maps; the kernel cuts names after 15 bytes.
 pub mod map {
+    /// Array of one hash: cgroup id → [`crate::Placement`].
+    pub const WORKLOADS: &str = "WORKLOADS";
+    /// Hash: [`crate::UserKey`] → number of a [`crate::Scope`].
+    pub const USERS: &str = "USERS";
     /// Array of tries: view → {prefix → [`crate::Entry`]}.
     pub const POLICY: &str = "POLICY";
     /// Array of arrays: slot → {index → [`crate::Segment`]}.
@@ -19,6 +29,9 @@ pub mod map {
     pub const STATS: &str = "STATS";
     /// One [`crate::Meta`].
     pub const META: &str = "META";
+
+    /// Every map.
+    pub const ALL: [&str; 7] = [WORKLOADS, USERS, POLICY, SEGMENTS, EVENTS, STATS, META];
 }
 
 /// Codes of verdicts, reasons and hooks are below these.
@@ -64,25 +77,62 @@ impl Counter {
 /// Length of [`Meta`]'s version field.
 const VERSION_LEN: usize = 32;
 
-/// The element of the `META` map: who filled the maps, and with what.
+/// The element of the `META` map: who filled the maps, and with what; and what the programs need to know of that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Meta {
     abi: u32,
     pid: u32,
     generation: u64,
+    /// Seconds since the epoch.
+    applied: u64,
     policy_hash: [u8; 32],
     agent_version: [u8; VERSION_LEN],
+    /// One byte, so that no reader sees half of it.
+    deepest: u8,
+    reserved: [u8; 7],
 }
 
 impl Meta {
-    /// Written by the agent `pid` of `agent_version` (cut to 32 bytes) with each policy it puts in force.
-    pub fn new(pid: u32, agent_version: &str, generation: u64, policy_hash: [u8; 32]) -> Self {
+    /// Of the agent `pid` of `agent_version` (cut to 32 bytes), with no policy.
+    pub fn new(pid: u32, agent_version: &str) -> Self {
         let mut version = [0; VERSION_LEN];
         for (to, from) in version.iter_mut().zip(agent_version.bytes()) {
             *to = from;
         }
-        Self { abi: ABI_VERSION, pid, generation, policy_hash, agent_version: version }
+        Self {
+            abi: ABI_VERSION,
+            pid,
+            generation: 0,
+            applied: 0,
+            policy_hash: [0; 32],
+            agent_version: version,
+            deepest: 0,
+            reserved: [0; 7],
+        }
+    }
+
+    /// With a policy, put in force `applied` seconds after the epoch.
+    #[must_use]
+    pub const fn with_policy(self, generation: u64, policy_hash: [u8; 32], applied: u64) -> Self {
+        Self { generation, policy_hash, applied, ..self }
+    }
+
+    /// With another deepest level: see [`crate::Workloads::deepest`].
+    #[must_use]
+    pub const fn with_deepest(self, deepest: u8) -> Self {
+        Self { deepest, ..self }
+    }
+
+    /// The deepest level at which a cgroup is placed.
+    #[inline(always)]
+    pub const fn deepest(&self) -> u8 {
+        self.deepest
+    }
+
+    /// When the policy was put in force, in seconds since the epoch.
+    pub const fn applied(&self) -> u64 {
+        self.applied
     }
 
     /// The [`ABI_VERSION`] of the writer.
@@ -112,7 +162,7 @@ impl Meta {
     }
 }
 
-const _: () = assert!(size_of::<Meta>() == 80 && align_of::<Meta>() == 8);
+const _: () = assert!(size_of::<Meta>() == 96 && align_of::<Meta>() == 8);
 
 #[cfg(test)]
 mod tests {
@@ -131,16 +181,17 @@ mod tests {
 
     #[test]
     fn map_names_survive_the_kernel() {
-        for name in [map::POLICY, map::SEGMENTS, map::EVENTS, map::STATS, map::META] {
+        for name in map::ALL {
             assert!(name.len() <= 15, "{name}");
         }
     }
 
     #[test]
     fn meta_tells_who_wrote_it() {
-        let meta = Meta::new(42, "1.2.3", 7, [9; 32]);
+        let meta = Meta::new(42, "1.2.3").with_policy(7, [9; 32], 11).with_deepest(3);
         assert_eq!((meta.abi(), meta.pid(), meta.generation()), (ABI_VERSION, 42, 7));
         assert_eq!((meta.agent_version(), meta.policy_hash()), ("1.2.3", &[9; 32]));
-        assert_eq!(Meta::new(1, &"é".repeat(40), 1, [0; 32]).agent_version().len(), 32);
+        assert_eq!((meta.applied(), meta.deepest()), (11, 3));
+        assert_eq!(Meta::new(1, &"é".repeat(40)).agent_version().len(), 32);
     }
 }

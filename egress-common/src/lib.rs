@@ -21,14 +21,16 @@ mod flow;
 mod layout;
 mod rule;
 mod verdict;
+mod workload;
 
 pub use address::{Address, PrefixKey};
 pub use decide::{Rules, decide, find_segment};
 pub use event::{COMM_LEN, Event, Process};
 pub use flow::{Flow, Hook, Protocol, Scope, View};
-pub use layout::{ABI_VERSION, Counter, Meta, map};
+pub use layout::{ABI_VERSION, Counter, MAX_SCOPES, MAX_USERS, Meta, map};
 pub use rule::{Action, Entries, Entry, RuleId, Segment, SegmentList};
 pub use verdict::{Decision, Reason, Verdict};
+pub use workload::{ELSEWHERE, MAX_LEVEL, Place, Placement, Seat, Task, UserKey, Workloads, place};
 
 /// A byte that stands for no value of the enum it was read as: written by another version, or damaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -22,6 +22,8 @@ coded_enum! {
         Rule = 0 => "rule",
         /// No rule names the destination; the default decided.
         NoRule = 3 => "no_rule",
+        /// The agent has yet to place the cgroup.
+        UnknownWorkload = 4 => "unknown_workload",
         /// A socket of a protocol that rules cannot judge.
         SocketKind = 5 => "socket_kind",
         /// The rules could not be read; see the failure table of the documentation.
@@ -42,6 +44,12 @@ pub struct Decision {
 }
 
 impl Decision {
+    /// No rules apply to the task.
+    pub const EXEMPT: Self = Self { verdict: Verdict::Allow, reason: Reason::NoRule, rule: None };
+
+    /// It is not known which rules apply to the task: refused until the agent has placed its cgroup.
+    pub const UNKNOWN_WORKLOAD: Self = Self { verdict: Verdict::Deny, reason: Reason::UnknownWorkload, rule: None };
+
     /// The rules could not be read: refused, since a filter that cannot answer must not guess.
     pub const FAULT: Self = Self { verdict: Verdict::Deny, reason: Reason::Fault, rule: None };
 }

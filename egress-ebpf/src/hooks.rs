@@ -7,9 +7,9 @@
 
 use aya_ebpf::{bindings::bpf_sock_addr, macros::cgroup_sock_addr, programs::SockAddrContext};
 use aya_log_ebpf::debug;
-use egress_common::{Address, Flow, Hook, Protocol, Reason, Scope, Verdict, decide};
+use egress_common::{Address, Flow, Hook, Protocol, Reason, Verdict, decide};
 
-use crate::{answer::answer, events, rules::Maps, stats};
+use crate::{answer::answer, events, rules::Maps, stats, workloads};
 
 #[cgroup_sock_addr(connect4)]
 fn connect4(ctx: SockAddrContext) -> i32 {
@@ -42,7 +42,7 @@ fn judge_datagram(ctx: &SockAddrContext, hook: Hook, address: Address) -> Verdic
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, hook: Hook, address: Address) -> Verdict {
     let protocol = Protocol::from_kernel(fields(ctx).protocol);
-    let flow = Flow { scope: Scope::DEFAULT, protocol, address, port: port(ctx) };
+    let flow = Flow { place: workloads::place_current(), protocol, address, port: port(ctx) };
     let decision = decide(&Maps, &flow);
     stats::count(&decision, hook);
     match decision.verdict {

@@ -16,6 +16,7 @@ mod hooks;
 mod meta;
 mod rules;
 mod stats;
+mod workloads;
 
 /// Names of these programs' licence; the helpers they call are reserved for GPL-compatible programs.
 #[unsafe(link_section = "license")]

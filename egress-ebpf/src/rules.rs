@@ -8,16 +8,16 @@ use aya_ebpf::{
     btf_maps::{Array, ArrayOfMaps, LpmTrie, lpm_trie::Key},
     macros::btf_map,
 };
-use egress_common::{Address, Entry, PrefixKey, Protocol, Rules, Segment, SegmentList, View, find_segment};
+use egress_common::{Address, Entry, MAX_SCOPES, PrefixKey, Protocol, Rules, Segment, SegmentList, View, find_segment};
 
 /// Inner arrays differ in length, which the kernel allows for arrays with this flag (5.10).
 const ANY_LENGTH: usize = BPF_F_INNER_MAP as usize;
 
 #[btf_map]
-static POLICY: ArrayOfMaps<LpmTrie<Address, Entry, 1>, 2> = ArrayOfMaps::new();
+static POLICY: ArrayOfMaps<LpmTrie<Address, Entry, 1>, { 2 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
 
 #[btf_map]
-static SEGMENTS: ArrayOfMaps<Array<Segment, 1, ANY_LENGTH>, 4> = ArrayOfMaps::new();
+static SEGMENTS: ArrayOfMaps<Array<Segment, 1, ANY_LENGTH>, { 4 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
 
 /// The rules in the kernel's maps.
 pub(crate) struct Maps;

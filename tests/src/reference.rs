@@ -14,7 +14,7 @@ use egress_agent::{
     ruleset::Ruleset,
     workload::{Workload, selects},
 };
-use egress_common::{Flow, Protocol, Scope, Verdict};
+use egress_common::{Flow, Protocol, Verdict};
 use ipnet::IpNet;
 
 /// What a workload dials.
@@ -54,7 +54,7 @@ pub fn ask(ruleset: &Ruleset, asked: Question) -> Answer {
         L4::Tcp => Protocol::Tcp,
         L4::Udp => Protocol::Udp,
     };
-    let flow = Flow { scope: Scope::DEFAULT, protocol, address: asked.address.into(), port: asked.port };
+    let flow = Flow { place: Ruleset::PLACE, protocol, address: asked.address.into(), port: asked.port };
     let decision = ruleset.decide(&flow);
     let why = match ruleset.rule(&decision) {
         Some(RuleName::Document { object, path, .. }) => Why::Rule(Some(object.clone()), path.to_string()),

@@ -220,6 +220,30 @@ fn service_parts(entry: &ServiceEntry, port: &ServicePort, names: &Names) -> Vec
     parts
 }
 
+/// The names of a document whose addresses its rules depend on.
+pub fn dialled_names(policies: &PolicySet) -> impl Iterator<Item = (&ObjectName, HostPattern)> {
+    let of_entry = |entry: &ServiceEntry| {
+        let hosts = if is_dialled_by_name(entry) { entry.hosts.clone() } else { Vec::new() };
+        let endpoints = entry.endpoints.iter().filter(|_| entry.resolution != Resolution::None);
+        let endpoints = endpoints.filter_map(|endpoint| match &endpoint.address {
+            EndpointAddress::Host(name) => Some(HostPattern::Exact(name.clone())),
+            EndpointAddress::Ip(_) | EndpointAddress::Unix(_) | EndpointAddress::Gateway => None,
+        });
+        hosts.into_iter().chain(endpoints).collect::<Vec<_>>()
+    };
+    let of_policy = |policy: &EgressPolicy| {
+        let peers = policy.allow.iter().flat_map(|rule| rule.to.iter().flatten());
+        let hosts = peers.filter_map(|peer| match peer {
+            Peer::Host(pattern) => Some(pattern.clone()),
+            Peer::Cidr { .. } => None,
+        });
+        hosts.collect::<Vec<_>>()
+    };
+    let entries = policies.service_entries.iter().map(move |entry| (&entry.object, of_entry(entry)));
+    let egress = policies.egress_policies.iter().map(move |policy| (&policy.object, of_policy(policy)));
+    entries.chain(egress).flat_map(|(object, names)| names.into_iter().map(move |name| (object, name)))
+}
+
 /// Whether clients reach an entry at whatever its names resolve to.
 pub fn is_dialled_by_name(entry: &ServiceEntry) -> bool {
     match entry.resolution {

@@ -1,0 +1,138 @@
+//! Sets of pins that another process made, or this one: read, drained and removed.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd},
+    path::Path,
+};
+
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
+use egress_common::{ABI_VERSION, Counter, Event, Hook, Meta, map};
+use zerocopy::{FromBytes, transmute};
+
+use super::{DataplaneError, failed, sys};
+use crate::pins::PinError;
+
+/// Who filled the maps of a set, and with what. An error if they are of another version.
+pub fn meta(set: &Path) -> Result<Meta, DataplaneError> {
+    let read = |cause| failed(map::META, "read", cause);
+    // Checks the sizes, so a map of another version is not misread.
+    let meta = Array::<_, [u8; size_of::<Meta>()]>::try_from(Map::Array(open(set, map::META)?)).map_err(read)?;
+    let meta: Meta = transmute!(meta.get(&0, 0).map_err(read)?);
+    if meta.abi() == ABI_VERSION { Ok(meta) } else { Err(DataplaneError::OtherVersion { found: meta.abi() }) }
+}
+
+fn open(set: &Path, name: &'static str) -> Result<MapData, DataplaneError> {
+    MapData::from_pin(set.join(name)).map_err(|cause| failed(name, "open", cause))
+}
+
+/// Every counter of a set with its value, summed over the CPUs.
+pub fn counters(set: &Path) -> Result<Vec<(Counter, u64)>, DataplaneError> {
+    read_counters(&Map::PerCpuArray(open(set, map::STATS)?))
+}
+
+pub(super) fn read_counters(stats: &Map) -> Result<Vec<(Counter, u64)>, DataplaneError> {
+    let read = |cause| failed(map::STATS, "read", cause);
+    let stats = PerCpuArray::<_, u64>::try_from(stats).map_err(read)?;
+    Counter::all().map(|counter| Ok((counter, stats.get(&counter.index(), 0).map_err(read)?.iter().sum()))).collect()
+}
+
+/// What a map of a set takes.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct MapUse {
+    /// Its name.
+    pub name: &'static str,
+    /// Elements in use, of the map and of what it points to.
+    pub entries: u64,
+    /// Elements that it has room for.
+    pub capacity: u64,
+    /// Bytes of kernel memory, of the map and of what it points to.
+    pub bytes: u64,
+}
+
+/// What every map of a set takes.
+pub fn map_uses(set: &Path) -> Result<Vec<MapUse>, DataplaneError> {
+    map::ALL.iter().map(|&name| map_use(set, name)).collect()
+}
+
+fn map_use(set: &Path, name: &'static str) -> Result<MapUse, DataplaneError> {
+    let data = open(set, name)?;
+    let info = data.info().map_err(|cause| failed(name, "inspect", cause))?;
+    let (mut entries, mut bytes) = (0, memory(&data));
+    let capacity = u64::from(info.max_entries());
+    match name {
+        map::WORKLOADS | map::POLICY | map::SEGMENTS => {
+            for inner in inner_maps(data, info.max_entries()) {
+                entries += 1;
+                bytes += memory(&inner);
+            }
+        }
+        map::USERS => {
+            let users = HashMap::<_, [u8; 8], u32>::try_from(Map::HashMap(data))
+                .map_err(|cause| failed(name, "read", cause))?;
+            entries = users.keys().count() as u64;
+        }
+        _ => entries = capacity,
+    }
+    Ok(MapUse { name, entries, capacity, bytes })
+}
+
+/// The maps that an array of maps points to. Needs `CAP_SYS_ADMIN`, as the kernel hands them out by id; without it, none.
+fn inner_maps(outer: MapData, length: u32) -> impl Iterator<Item = MapData> {
+    let outer = ArrayOfMaps::<_, MapData>::try_from(Map::ArrayOfMaps(outer)).ok();
+    outer
+        .into_iter()
+        .flat_map(move |outer| (0..length).filter_map(move |index| outer.get(&index, 0).ok()).collect::<Vec<_>>())
+}
+
+/// What the kernel charges for a map, as it tells in `/proc/self/fdinfo`; 0 if it does not.
+fn memory(map: &MapData) -> u64 {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd())).unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+    line.and_then(|bytes| bytes.trim().parse().ok()).unwrap_or(0)
+}
+
+/// The hooks of a set, with the id of the cgroup that each is attached to; of those whose cgroup is gone, nothing.
+pub fn attached(set: &Path) -> Vec<(Hook, u64)> {
+    let cgroup =
+        |hook: &Hook| sys::open_pin(&set.join(hook.as_str())).and_then(|link| sys::link_cgroup(link.as_fd())).ok();
+    Hook::ALL.iter().filter_map(|hook| Some((*hook, cgroup(hook).filter(|&id| id != 0)?))).collect()
+}
+
+/// Takes the programs of a set off their cgroup; the maps stay.
+pub fn detach(set: &Path) -> Result<(), PinError> {
+    for hook in Hook::ALL {
+        let path = set.join(hook.as_str());
+        if !path.exists() {
+            continue;
+        }
+        let failed = |what| {
+            let path = path.clone();
+            move |cause| PinError::Io { what, path, cause }
+        };
+        let link = sys::open_pin(&path).map_err(failed("open"))?;
+        // Kernels before 5.11 know no detaching; there, the last one to let go of the link ends it.
+        match sys::detach(link.as_fd()) {
+            Err(error) if error.kind() != io::ErrorKind::InvalidInput => return Err(failed("detach")(error)),
+            _ => fs::remove_file(&path).map_err(failed("remove"))?,
+        }
+    }
+    Ok(())
+}
+
+/// The events of a set that nobody has read.
+pub fn drain(set: &Path) -> Result<Vec<Event>, DataplaneError> {
+    let open_ring = |cause| failed(map::EVENTS, "open", cause);
+    let mut ring = RingBuf::try_from(Map::RingBuf(open(set, map::EVENTS)?)).map_err(open_ring)?;
+    let mut events = Vec::new();
+    while let Some(record) = ring.next() {
+        events.extend(Event::read_from_bytes(&record));
+    }
+    Ok(events)
+}
+
+/// Removes a set with all it enforces.
+pub fn remove(set: &Path) -> Result<(), PinError> {
+    detach(set)?;
+    fs::remove_dir_all(set).map_err(|cause| PinError::Io { what: "remove", path: set.to_owned(), cause })
+}

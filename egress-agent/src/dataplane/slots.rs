@@ -1,0 +1,104 @@
+//! The elements of `POLICY` and `SEGMENTS`: where the contents of scopes are put, and cleared.
+//!
+//! Each call waits for a grace period of the kernel, some milliseconds. Many are made side by side, since those who wait
+//! at the same time wait for the same one.
+
+use std::{collections::BTreeSet, os::fd::AsFd, panic::resume_unwind, thread};
+
+use aya::maps::{ArrayOfMaps, Map, MapData};
+use egress_common::{Scope, View, map};
+
+use super::{
+    DataplaneError,
+    contents::{Filled, Segments, Trie},
+    failed, sys,
+};
+use crate::pins::PinSet;
+
+/// Calls that are made side by side.
+const WRITERS: usize = 16;
+
+/// Both maps, once for each writer.
+pub(super) struct Slots(Vec<Writer>);
+
+struct Writer {
+    policy: ArrayOfMaps<MapData, Trie>,
+    segments: ArrayOfMaps<MapData, Segments>,
+    /// The same maps, for calls that aya does not make.
+    policy_data: MapData,
+    segments_data: MapData,
+}
+
+impl Slots {
+    /// Opens the maps of a set.
+    pub(super) fn open(pins: &PinSet) -> Result<Self, DataplaneError> {
+        (0..WRITERS).map(|_| Writer::open(pins)).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Puts contents where nothing points to yet.
+    pub(super) fn put(&mut self, filled: &[Filled]) -> Result<(), DataplaneError> {
+        self.share(filled, Writer::put)
+    }
+
+    /// Empties the elements of scopes that nothing points to.
+    pub(super) fn clear(&mut self, scopes: &BTreeSet<Scope>) -> Result<(), DataplaneError> {
+        let views: Vec<View> = scopes.iter().flat_map(|scope| [scope.enforcing(), scope.with_audit()]).collect();
+        self.share(&views, |writer, view| writer.clear(*view))
+    }
+
+    /// Shares work among the writers.
+    fn share<T: Sync>(
+        &mut self,
+        work: &[T],
+        call: impl Fn(&mut Writer, &T) -> Result<(), DataplaneError> + Copy + Send,
+    ) -> Result<(), DataplaneError> {
+        let share = work.len().div_ceil(self.0.len()).max(1);
+        thread::scope(|threads| {
+            let shares = self.0.iter_mut().zip(work.chunks(share));
+            let running: Vec<_> =
+                shares.map(|(writer, share)| threads.spawn(move || each(writer, share, call))).collect();
+            running.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        })
+    }
+}
+
+fn each<T>(
+    writer: &mut Writer,
+    work: &[T],
+    call: impl Fn(&mut Writer, &T) -> Result<(), DataplaneError>,
+) -> Result<(), DataplaneError> {
+    work.iter().try_for_each(|one| call(writer, one))
+}
+
+impl Writer {
+    fn open(pins: &PinSet) -> Result<Self, DataplaneError> {
+        let data = |name| MapData::from_pin(pins.path().join(name)).map_err(|cause| failed(name, "open", cause));
+        let open = |cause| failed(map::POLICY, "open", cause);
+        Ok(Self {
+            policy: Map::ArrayOfMaps(data(map::POLICY)?).try_into().map_err(open)?,
+            segments: Map::ArrayOfMaps(data(map::SEGMENTS)?).try_into().map_err(open)?,
+            policy_data: data(map::POLICY)?,
+            segments_data: data(map::SEGMENTS)?,
+        })
+    }
+
+    fn clear(&mut self, view: View) -> Result<(), DataplaneError> {
+        for (name, data) in [(map::POLICY, &self.policy_data), (map::SEGMENTS, &self.segments_data)] {
+            sys::clear_inner(data.fd().as_fd(), view.index()).map_err(|cause| DataplaneError::Element {
+                name,
+                what: "empty an element of",
+                cause,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, filled: &Filled) -> Result<(), DataplaneError> {
+        let index = filled.view.index();
+        if let Some(segments) = &filled.segments {
+            let put = |cause| failed(map::SEGMENTS, "set an element of", cause);
+            self.segments.set(index, segments, 0).map_err(put)?;
+        }
+        self.policy.set(index, &filled.trie, 0).map_err(|cause| failed(map::POLICY, "set an element of", cause))
+    }
+}

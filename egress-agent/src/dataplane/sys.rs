@@ -1,0 +1,108 @@
+//! Calls of `bpf(2)` that aya does not make. Layouts: `union bpf_attr` of `include/uapi/linux/bpf.h`.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
+const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_DETACH: libc::c_int = 34;
+
+/// The attributes of a call on one element of a map.
+#[repr(C)]
+struct Element {
+    map_fd: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// The attributes of `BPF_LINK_DETACH`.
+#[repr(C)]
+struct Detach {
+    link_fd: u32,
+}
+
+/// The attributes of `BPF_OBJ_GET`.
+#[repr(C)]
+struct Open {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+/// The attributes of `BPF_OBJ_GET_INFO_BY_FD`.
+#[repr(C)]
+struct GetInfo {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+/// The beginning of `struct bpf_link_info`, as it is for links to cgroups.
+#[repr(C)]
+#[derive(Default)]
+struct LinkInfo {
+    kind: u32,
+    id: u32,
+    program_id: u32,
+    padding: u32,
+    cgroup_id: u64,
+    attach_type: u32,
+    reserved: u32,
+}
+
+/// Opens a pin.
+pub(super) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let fd = call(BPF_OBJ_GET, &Open { path: path.as_ptr() as u64, fd: 0, flags: 0 })?;
+    // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The id of the cgroup that a link is attached to; 0 if that is gone.
+pub(super) fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut info = LinkInfo::default();
+    let length = u32::try_from(size_of::<LinkInfo>()).expect("it is 32 bytes long");
+    call(BPF_OBJ_GET_INFO_BY_FD, &GetInfo { fd: fd(link), length, info: (&raw mut info) as u64 })?;
+    Ok(info.cgroup_id)
+}
+
+/// Empties an element of an array of maps. Returns after a grace period. It is no error if the element was empty.
+pub(super) fn clear_inner(outer: BorrowedFd<'_>, index: u32) -> io::Result<()> {
+    let (padding, value, flags) = (0, 0, 0);
+    let attributes = Element { map_fd: fd(outer), padding, key: (&raw const index) as u64, value, flags };
+    match call(BPF_MAP_DELETE_ELEM, &attributes) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.map(drop),
+    }
+}
+
+/// Takes a program off its cgroup, whoever else holds the link. It is no error if the cgroup is gone.
+pub(super) fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    match call(BPF_LINK_DETACH, &Detach { link_fd: fd(link) }) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(()),
+        result => result.map(drop),
+    }
+}
+
+fn fd(fd: BorrowedFd<'_>) -> u32 {
+    u32::try_from(fd.as_raw_fd()).expect("an open descriptor is not negative")
+}
+
+/// `A` is the beginning of `union bpf_attr` for the command; the kernel takes what is missing as zeros. The addresses in it
+/// point to values that live during the call.
+fn call<A>(command: libc::c_int, attributes: &A) -> io::Result<RawFd> {
+    // SAFETY: the kernel reads `size_of::<A>()` bytes at the pointer, which is valid for that, and writes nothing there; the
+    // addresses in it point to values that the callers hold, of the sizes that the command asks for.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attributes, size_of::<A>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(RawFd::try_from(result).unwrap_or(0)) }
+}

@@ -1,0 +1,227 @@
+//! What is in force on a cgroup, and how that follows its policies and the cgroups below it.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::{
+    cgroup::{self, Cgroup},
+    dataplane::{Applied, Change, Dataplane, DataplaneError},
+    hierarchy::{Changed, Hierarchy},
+    policy::load::watched,
+    ruleset::Ruleset,
+    run::{RunError, chain, system},
+    scopes::{Layout, Node, Scope, Seat, Selector},
+    status,
+    watch::Watch,
+};
+
+/// How often the cgroup is looked after, beside the notice of changes.
+pub(crate) const LOOK_AFTER: Duration = Duration::from_secs(1);
+
+/// The filtered cgroup over time. It may be removed and made again, as systemd does when it restarts a unit; the programs
+/// go with it, so they are attached again.
+pub(crate) struct Enforcement {
+    given: PathBuf,
+    mount: PathBuf,
+    /// As it was when it was attached last.
+    pub(crate) cgroup: Cgroup,
+    is_attached: bool,
+    /// Where its going and coming is noticed.
+    watch: Watch,
+    hierarchy: Hierarchy,
+    /// The agent's own cgroup.
+    agent: Option<Cgroup>,
+    selector: Selector,
+    /// What is in force.
+    pub(crate) layout: Layout,
+    pub(crate) dataplane: Dataplane,
+}
+
+/// What changed.
+pub(crate) enum Noticed {
+    /// The filtered cgroup came or went, perhaps.
+    Top,
+    /// Cgroups below it did.
+    Below(Changed),
+}
+
+/// A cgroup that is to be filtered.
+pub(crate) struct Target {
+    pub(crate) mount: PathBuf,
+    pub(crate) given: PathBuf,
+    pub(crate) cgroup: Cgroup,
+    agent: Option<Cgroup>,
+}
+
+impl Target {
+    /// Opens the cgroup. The agent must not be in it, or it would filter nobody or itself; the root cgroup, whose tasks
+    /// are exempt, is another matter.
+    pub(crate) fn open(given: &Path, mount: &Path) -> Result<Self, RunError> {
+        let cgroup = Cgroup::open(given, mount)?;
+        let agent = cgroup::own(mount);
+        if agent.as_ref().is_some_and(|agent| agent.id == cgroup.id) && !cgroup.is_root() {
+            return Err(RunError::OwnCgroup { path: cgroup.path });
+        }
+        Ok(Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent })
+    }
+}
+
+impl Enforcement {
+    /// Puts the first policy into the kernel; nothing is attached yet. Must be called in a tokio runtime.
+    pub(crate) fn new(target: Target, dataplane: Dataplane, selector: Selector) -> Result<(Self, Applied), RunError> {
+        let Target { mount, given, cgroup, agent } = target;
+        let always = agent.as_ref().map(|agent| agent.path.clone());
+        let hierarchy = Hierarchy::new(&mount, &cgroup.path, always).map_err(system(CANNOT_WATCH))?;
+        let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
+        let directory = mount.join(cgroup.path.strip_prefix("/").unwrap_or(&cgroup.path));
+        watch.set(watched(&[directory])).map_err(system(CANNOT_WATCH))?;
+        let (is_attached, layout) = (false, Layout::default());
+        let mut enforcement =
+            Self { given, mount, cgroup, is_attached, watch, hierarchy, agent, selector, layout, dataplane };
+        let applied = enforcement.place(Change::Policy)?;
+        Ok((enforcement, applied))
+    }
+
+    /// Attaches the programs.
+    pub(crate) fn attach(&mut self) -> Result<(), DataplaneError> {
+        self.dataplane.attach(&self.cgroup)?;
+        self.is_attached = true;
+        Ok(())
+    }
+
+    /// The policies in force.
+    pub(crate) fn selector(&self) -> &Selector {
+        &self.selector
+    }
+
+    /// Puts other policies in force. If that fails, those before stay.
+    pub(crate) fn adopt(&mut self, selector: Selector) -> Result<Applied, RunError> {
+        let before = std::mem::replace(&mut self.selector, selector);
+        let applied = self.place(Change::Policy);
+        if applied.is_err() {
+            self.selector = before;
+            // What is known of the hierarchy is again what these policies ask for.
+            self.look()?;
+        }
+        applied
+    }
+
+    fn look(&mut self) -> Result<(), RunError> {
+        let selector = &self.selector;
+        self.hierarchy.look(&|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))
+    }
+
+    /// Looks at all cgroups and places them.
+    fn place(&mut self, change: Change) -> Result<Applied, RunError> {
+        self.look()?;
+        self.apply(change)
+    }
+
+    fn apply(&mut self, change: Change) -> Result<Applied, RunError> {
+        let layout = self.selector.layout(&self.hierarchy.nodes(), self.agent.as_ref().map(|agent| agent.id))?;
+        let applied = self.dataplane.apply(&layout, change)?;
+        self.layout = layout;
+        Ok(applied)
+    }
+
+    /// Waits until cgroups come or go.
+    pub(crate) async fn changed(&mut self) -> io::Result<Noticed> {
+        tokio::select! {
+            changed = self.watch.changed() => changed.map(|()| Noticed::Top),
+            changed = self.hierarchy.changed() => changed.map(Noticed::Below),
+        }
+    }
+
+    /// Looks at what was noticed.
+    pub(crate) fn follow(&mut self, noticed: Noticed) {
+        match noticed {
+            Noticed::Top => self.look_after(),
+            Noticed::Below(changed) => self.follow_cgroups(changed),
+        }
+    }
+
+    /// Places cgroups that came.
+    fn follow_cgroups(&mut self, changed: Changed) {
+        let selector = &self.selector;
+        let updated = self.hierarchy.update(changed, &|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH));
+        if let Err(error) = updated.and_then(|()| self.apply(Change::Cgroups)) {
+            tracing::error!(error = %chain(&error), "cannot place new cgroups: they are refused, or judged as their parents");
+        }
+    }
+
+    /// Forgets cgroups that went, and attaches again where the cgroup was made anew.
+    pub(crate) fn look_after(&mut self) {
+        if self.dataplane.is_untidy()
+            && let Err(error) = self.apply(Change::Tidy)
+        {
+            tracing::error!(error = %chain(&error), "cannot forget cgroups that are gone");
+        }
+        let cgroup = self.cgroup.path.display();
+        match Cgroup::open(&self.given, &self.mount) {
+            Ok(found) if self.is_attached && found.id == self.cgroup.id => {}
+            Ok(found) => match self.attach_anew(found) {
+                Ok(()) => {
+                    tracing::warn!(cgroup = %self.cgroup.path.display(), "the cgroup was made anew: attached again")
+                }
+                Err(error) => tracing::error!(error = %chain(&error), "cannot attach again: nothing is filtered"),
+            },
+            Err(error) if self.is_attached => {
+                tracing::error!(%error, %cgroup, "the cgroup is gone: nothing is filtered until it is back");
+                self.is_attached = false;
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// The cgroup has another id, so it is placed before it is attached.
+    fn attach_anew(&mut self, found: Cgroup) -> Result<(), RunError> {
+        self.cgroup = found;
+        self.place(Change::Tidy)?;
+        Ok(self.attach()?)
+    }
+
+    /// Whether the programs are on the cgroup.
+    pub(crate) const fn is_attached(&self) -> bool {
+        self.is_attached
+    }
+
+    /// The scopes in force, for `status`.
+    pub(crate) fn scopes(&self) -> Vec<status::Scope> {
+        let nodes = self.hierarchy.nodes();
+        let cgroups = |index: usize| {
+            let is_in =
+                |node: &&Node| self.layout.placements.get(&node.id).is_some_and(|at| at.own == Seat::Scope(index));
+            nodes.iter().filter(is_in).map(|node| format!("/{}", node.path)).collect::<Vec<_>>()
+        };
+        let users = |index: usize| {
+            let of_scope = |scope: &Scope| {
+                scope.users.iter().filter(|&(_, of)| *of == index).map(|(&uid, _)| uid).collect::<Vec<_>>()
+            };
+            let users: BTreeSet<u32> = self.layout.scopes.iter().flat_map(of_scope).collect();
+            users.into_iter().collect::<Vec<_>>()
+        };
+        self.layout
+            .scopes
+            .iter()
+            .enumerate()
+            .map(|(index, scope)| {
+                let (cgroups, users) = (cgroups(index), users(index));
+                let prefixes = scope.ruleset.views(Ruleset::SCOPE).map(|(_, table)| table.entries().len()).sum();
+                status::Scope {
+                    id: self.dataplane.number(index).map_or(0, egress_common::Scope::index),
+                    policies: scope.policies.iter().map(ToString::to_string).collect(),
+                    workloads: cgroups.len() + users.len(),
+                    cgroups,
+                    users,
+                    prefixes,
+                }
+            })
+            .collect()
+    }
+}
+
+const CANNOT_WATCH: &str = "cannot watch cgroups; see fs.inotify.max_user_watches";

@@ -1,0 +1,264 @@
+//! Which rules apply to which cgroup and user: from policies and the cgroups there are to scopes and placements. Pure but
+//! for what it remembers: nothing here asks the system.
+//!
+//! A scope is one distinct set of policies; workloads that the same policies select share it. Only cgroups whose scope
+//! may differ from their parent's are placed; what lies below a placed one follows it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
+
+use sha2::{Digest, Sha256};
+
+use crate::{
+    cgroup,
+    compile::{CompileError, Context, compile},
+    policy::{Mode, ObjectName, PolicySet},
+    ruleset::Ruleset,
+    workload::{ScopeKey, UserIdentity, Workload, names_root, selects, selects_only_below},
+};
+
+/// What becomes of a cgroup that is not placed yet, where policies select cgroups around it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub enum UnknownWorkloads {
+    /// It is refused until it is placed.
+    Deny,
+    /// It is judged as its parent until it is placed.
+    Inherit,
+}
+
+/// A cgroup at or below the attach point.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Its id in the kernel.
+    pub id: u64,
+    /// Path below the cgroup2 mount, without a leading slash; empty is the root.
+    pub path: String,
+}
+
+impl Node {
+    /// Its level in the hierarchy; the root is level 0.
+    pub fn level(&self) -> usize {
+        self.path.split('/').filter(|name| !name.is_empty()).count()
+    }
+}
+
+/// Where a task belongs: as [`egress_common::Place`], with the index of a scope in its [`Layout`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Seat {
+    /// These rules apply.
+    Scope(usize),
+    /// No rules apply.
+    Exempt,
+    /// Refused until it is known which rules apply.
+    Unknown,
+}
+
+/// What holds for the tasks of a cgroup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placement {
+    /// For tasks in the cgroup itself.
+    pub own: Seat,
+    /// For tasks in cgroups below it that are not placed.
+    pub below: Seat,
+    /// Its level in the hierarchy.
+    pub level: usize,
+}
+
+/// One distinct set of policies.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    /// Its rules.
+    pub ruleset: Arc<Ruleset>,
+    /// [`Ruleset::hash`]: what the rules mean.
+    pub hash: [u8; 32],
+    /// Where the rules are written, as a number that is the same for the same places.
+    pub written: u64,
+    /// Users that other rules apply to: indices of scopes.
+    pub users: BTreeMap<u32, usize>,
+    /// The policies that select it.
+    pub policies: Vec<ObjectName>,
+}
+
+/// What the kernel is to hold.
+#[derive(Debug, Clone, Default)]
+pub struct Layout {
+    /// Distinct sets of policies.
+    pub scopes: Vec<Scope>,
+    /// By cgroup id.
+    pub placements: BTreeMap<u64, Placement>,
+    /// For tasks that act from outside the attach point; refused if absent.
+    pub elsewhere: Option<Seat>,
+}
+
+impl Layout {
+    /// SHA-256 over all rules: equal for documents that mean the same to the workloads there are.
+    pub fn hash(&self) -> [u8; 32] {
+        let hashes: BTreeSet<[u8; 32]> = self.scopes.iter().map(|scope| scope.hash).collect();
+        let mut hasher = Sha256::new();
+        hashes.iter().for_each(|hash| hasher.update(hash));
+        hasher.finalize().into()
+    }
+}
+
+/// Places cgroups by one set of policies. Remembers the scopes that it compiled.
+pub struct Selector {
+    policies: Arc<PolicySet>,
+    context: Context,
+    unknown: UnknownWorkloads,
+    users: Vec<UserIdentity>,
+    scopes: Vec<Scope>,
+    known: HashMap<(ScopeKey, Kind), usize>,
+    /// By cgroup id.
+    placed: HashMap<u64, Placement>,
+}
+
+/// What a scope is for: those of users have no users of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    Cgroup,
+    User,
+}
+
+impl Selector {
+    /// Places by these policies; `users` are those that policies select by.
+    pub fn new(
+        policies: Arc<PolicySet>,
+        context: Context,
+        unknown: UnknownWorkloads,
+        users: Vec<UserIdentity>,
+    ) -> Self {
+        Self { policies, context, unknown, users, scopes: Vec::new(), known: HashMap::new(), placed: HashMap::new() }
+    }
+
+    /// The policies.
+    pub fn policies(&self) -> &PolicySet {
+        &self.policies
+    }
+
+    /// Whether cgroups directly below a path are to be placed.
+    pub fn looks_below(&self, path: &str) -> bool {
+        self.policies.egress_policies.iter().any(|policy| selects_only_below(policy, path))
+    }
+
+    /// Places cgroups, the attach point first. `agent` is the agent's own.
+    pub fn layout(&mut self, nodes: &[Node], agent: Option<u64>) -> Result<Layout, CompileError> {
+        let mut placements = BTreeMap::new();
+        for node in nodes {
+            let mut placement = match self.placed.get(&node.id) {
+                Some(&placement) => placement,
+                None => self.place(node)?,
+            };
+            self.placed.insert(node.id, placement);
+            if agent == Some(node.id) {
+                placement.own = Seat::Exempt;
+            }
+            placements.insert(node.id, placement);
+        }
+        let elsewhere = nodes.first().map(|node| placements[&node.id].below);
+        let used = placements.values().flat_map(|placement| [placement.own, placement.below]);
+        let (used, renumbered) = self.in_use(used);
+        let renumber = |seat| match seat {
+            Seat::Scope(scope) => Seat::Scope(renumbered[&scope]),
+            Seat::Exempt | Seat::Unknown => seat,
+        };
+        for placement in placements.values_mut() {
+            (placement.own, placement.below) = (renumber(placement.own), renumber(placement.below));
+        }
+        Ok(Layout { scopes: used, placements, elsewhere: elsewhere.map(renumber) })
+    }
+
+    fn place(&mut self, node: &Node) -> Result<Placement, CompileError> {
+        let workload = workload(&node.path);
+        let (own, below) = if node.path.is_empty() {
+            let own = if self.policies.egress_policies.iter().any(names_root) {
+                Seat::Scope(self.scope(&workload, Kind::Cgroup)?)
+            } else {
+                Seat::Exempt
+            };
+            (own, Seat::Scope(self.scope(&Workload::default(), Kind::Cgroup)?))
+        } else {
+            let scope = Seat::Scope(self.scope(&workload, Kind::Cgroup)?);
+            (scope, scope)
+        };
+        let below = if self.refuses_below(&node.path) { Seat::Unknown } else { below };
+        Ok(Placement { own, below, level: node.level() })
+    }
+
+    /// Only what enforces can make a difference to a verdict.
+    fn refuses_below(&self, path: &str) -> bool {
+        let enforces = |mode| mode == Mode::Enforce;
+        self.unknown == UnknownWorkloads::Deny
+            && self
+                .policies
+                .egress_policies
+                .iter()
+                .any(|policy| enforces(policy.mode) && selects_only_below(policy, path))
+    }
+
+    /// The scope of a workload, compiled if it is the first of its kind, with those of its users.
+    fn scope(&mut self, workload: &Workload, kind: Kind) -> Result<usize, CompileError> {
+        let key = (ScopeKey::new(&self.policies, workload), kind);
+        if let Some(&scope) = self.known.get(&key) {
+            return Ok(scope);
+        }
+        let users = if kind == Kind::Cgroup { self.scopes_of_users(workload, &key.0)? } else { BTreeMap::new() };
+        let ruleset = compile(&self.policies, workload, &self.context)?;
+        let selecting = self.policies.egress_policies.iter().filter(|policy| selects(policy, workload));
+        let policies = selecting.map(|policy| policy.object.clone()).collect();
+        self.scopes.push(Scope {
+            hash: ruleset.hash(),
+            written: places(&ruleset),
+            ruleset: Arc::new(ruleset),
+            users,
+            policies,
+        });
+        self.known.insert(key, self.scopes.len() - 1);
+        Ok(self.scopes.len() - 1)
+    }
+
+    fn scopes_of_users(&mut self, workload: &Workload, key: &ScopeKey) -> Result<BTreeMap<u32, usize>, CompileError> {
+        let mut users = BTreeMap::new();
+        for identity in self.users.clone() {
+            let uid = identity.uid;
+            let of_user = Workload { user: Some(identity), ..workload.clone() };
+            if let (Some(uid), true) = (uid, ScopeKey::new(&self.policies, &of_user) != *key) {
+                users.insert(uid, self.scope(&of_user, Kind::User)?);
+            }
+        }
+        Ok(users)
+    }
+
+    /// The scopes that seats name, those of their users included, and the new index of each.
+    fn in_use(&self, seats: impl Iterator<Item = Seat>) -> (Vec<Scope>, HashMap<usize, usize>) {
+        let mut used: BTreeSet<usize> = BTreeSet::new();
+        for seat in seats {
+            if let Seat::Scope(scope) = seat {
+                used.insert(scope);
+                used.extend(self.scopes[scope].users.values());
+            }
+        }
+        let renumbered: HashMap<usize, usize> = used.iter().enumerate().map(|(new, &old)| (old, new)).collect();
+        let scopes = used.iter().map(|&old| {
+            let mut scope = self.scopes[old].clone();
+            scope.users.values_mut().for_each(|user| *user = renumbered[user]);
+            scope
+        });
+        (scopes.collect(), renumbered)
+    }
+}
+
+fn places(ruleset: &Ruleset) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    ruleset.rules.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// A cgroup as policies see it. The root is described by its empty path.
+fn workload(path: &str) -> Workload {
+    let unit = cgroup::unit(path.as_ref()).map(str::to_owned);
+    Workload { cgroup: Some(path.to_owned()), unit, ..Workload::default() }
+}

@@ -1,0 +1,340 @@
+//! What is in force: read from the pins, and completed by the agent where one runs.
+
+use std::{
+    fmt::{self, Write},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use egress_common::{ABI_VERSION, Counter, Hook, Verdict};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    cgroup::{self, CgroupPaths},
+    control::{self, Request},
+    dataplane::pinned::{self, MapUse},
+    pins::{self, PinError},
+    run::chain,
+};
+
+/// The answer of `status`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// Programs are attached and pinned.
+    pub enforcing: bool,
+    /// What is wrong; empty if nothing is.
+    pub degraded: Vec<String>,
+    /// The agent.
+    pub agent: Agent,
+    /// Where programs are attached.
+    pub attached: Vec<Attached>,
+    /// What is in force.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Policy>,
+    /// Distinct sets of policies; known by the agent alone.
+    pub scopes: Vec<Scope>,
+    /// What the maps take.
+    pub maps: Vec<MapUse>,
+    /// What was answered since the programs were loaded.
+    pub counters: Counters,
+    /// Names of the policies; known by the agent alone.
+    pub names: Names,
+}
+
+/// The agent.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Agent {
+    /// Whether it runs.
+    pub running: bool,
+    /// The one that runs, or the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Its version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// The version of the layouts of its maps.
+    pub abi: u32,
+    /// When it started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<String>,
+}
+
+/// Programs on a cgroup.
+#[derive(Debug, Clone, Serialize)]
+pub struct Attached {
+    /// Its path from the root of the hierarchy, or its id where that is not known.
+    pub cgroup: String,
+    /// The hooks.
+    pub hooks: Vec<&'static str>,
+}
+
+/// What is in force.
+#[derive(Debug, Clone, Serialize)]
+pub struct Policy {
+    /// Counts the policies that the agent put in force.
+    pub generation: u64,
+    /// SHA-256 of what the rules mean.
+    pub hash: String,
+    /// When it was put in force.
+    pub loaded: String,
+    /// Documents; known by the agent alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub documents: Option<usize>,
+    /// Rules; known by the agent alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rules: Option<usize>,
+    /// Why the policy that was read last is not in force.
+    pub last_error: Option<String>,
+}
+
+/// One distinct set of policies.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Scope {
+    /// Its number in the kernel.
+    pub id: u32,
+    /// The policies; none where the node default stands in.
+    pub policies: Vec<String>,
+    /// How many cgroups and users have it.
+    pub workloads: usize,
+    /// The cgroups that are placed in it; what lies below them follows them.
+    pub cgroups: Vec<String>,
+    /// The users that have it wherever they are in another scope.
+    pub users: Vec<u32>,
+    /// Prefixes of its tries.
+    pub prefixes: usize,
+}
+
+/// Answers by verdict.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Counters {
+    /// Let through.
+    pub allow: u64,
+    /// Refused.
+    pub deny: u64,
+    /// Let through, and an Audit policy would have refused them.
+    pub would_deny: u64,
+    /// Reports that found no room.
+    pub events_lost: u64,
+}
+
+/// Names of the policies.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Names {
+    /// Wildcards, which cannot be resolved and open nothing.
+    pub wildcards: Vec<Wildcard>,
+    /// Names that are resolved.
+    pub resolved: Vec<serde_json::Value>,
+}
+
+/// A pattern that cannot be resolved.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Wildcard {
+    /// As it is written.
+    pub host: String,
+    /// The document that has it.
+    pub document: String,
+}
+
+/// What the agent adds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FromAgent {
+    /// When it started.
+    pub since: String,
+    /// Documents of the policy in force.
+    pub documents: usize,
+    /// Rules of it.
+    pub rules: usize,
+    /// Why the policy that was read last is not in force.
+    pub last_error: Option<String>,
+    /// Whether the programs are on the cgroup.
+    pub attached: bool,
+    /// Distinct sets of policies.
+    pub scopes: Vec<Scope>,
+    /// Names of the policies.
+    pub names: Names,
+}
+
+impl Status {
+    /// Of the agent of a pin directory.
+    pub fn read(pin_directory: &Path, run_directory: &Path) -> Result<Self, PinError> {
+        let is_there = pins::is_on_bpffs(pin_directory)? && pin_directory.is_dir();
+        let sets = if is_there { pins::sets(pin_directory)? } else { Vec::new() };
+        let running = is_there && pins::is_claimed(pin_directory);
+        let mut status = Self::of_set(sets.last(), running);
+        if running {
+            let asked = control::ask::<FromAgent>(&control::socket(run_directory, pin_directory), Request::Status);
+            status.complete(asked);
+        } else if status.enforcing {
+            status.degraded.push("no agent runs: the rules stay as they are, and nothing is reported".to_owned());
+        }
+        if sets.len() > 1 {
+            status
+                .degraded
+                .push(format!("{} sets are in force at once: a connection must pass all of them", sets.len()));
+        }
+        Ok(status)
+    }
+
+    fn of_set(set: Option<&PathBuf>, running: bool) -> Self {
+        let mut status = Self {
+            enforcing: false,
+            degraded: Vec::new(),
+            agent: Agent { running, abi: ABI_VERSION, ..Agent::default() },
+            attached: Vec::new(),
+            policy: None,
+            scopes: Vec::new(),
+            maps: Vec::new(),
+            counters: Counters::default(),
+            names: Names::default(),
+        };
+        let Some(set) = set else { return status };
+        status.read_attached(set);
+        if let Err(error) = status.read_maps(set) {
+            status.degraded.push(chain(&error));
+        }
+        status
+    }
+
+    fn read_attached(&mut self, set: &Path) {
+        let attached = pinned::attached(set);
+        let missing: Vec<&str> = Hook::ALL
+            .iter()
+            .filter(|hook| attached.iter().all(|(found, _)| found != *hook))
+            .map(|hook| hook.as_str())
+            .collect();
+        self.enforcing = missing.is_empty();
+        if !missing.is_empty() {
+            self.degraded.push(format!("not attached: {}; its cgroup is gone, perhaps", missing.join(", ")));
+        }
+        let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
+        for (hook, id) in attached {
+            let path = paths.as_mut().and_then(|paths| paths.path(id, None)).map(|path| path.display().to_string());
+            let cgroup = path.unwrap_or_else(|| id.to_string());
+            match self.attached.iter_mut().find(|attached| attached.cgroup == cgroup) {
+                Some(attached) => attached.hooks.push(hook.as_str()),
+                None => self.attached.push(Attached { cgroup, hooks: vec![hook.as_str()] }),
+            }
+        }
+    }
+
+    fn read_maps(&mut self, set: &Path) -> Result<(), crate::dataplane::DataplaneError> {
+        let meta = pinned::meta(set)?;
+        self.agent.pid = Some(meta.pid());
+        self.agent.version = Some(meta.agent_version().to_owned());
+        self.agent.abi = meta.abi();
+        self.policy = Some(Policy {
+            generation: meta.generation(),
+            hash: meta.policy_hash().iter().fold(String::new(), |mut text, byte| {
+                // Writing to a string cannot fail.
+                let _ = write!(text, "{byte:02x}");
+                text
+            }),
+            loaded: time(SystemTime::UNIX_EPOCH + Duration::from_secs(meta.applied())),
+            documents: None,
+            rules: None,
+            last_error: None,
+        });
+        self.maps = pinned::map_uses(set)?;
+        for (counter, count) in pinned::counters(set)? {
+            self.counters.add(counter, count);
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, asked: std::io::Result<FromAgent>) {
+        let from_agent = match asked {
+            Ok(from_agent) => from_agent,
+            Err(error) => return self.degraded.push(format!("the agent does not answer: {error}")),
+        };
+        let FromAgent { since, documents, rules, last_error, attached, scopes, names } = from_agent;
+        self.agent.since = Some(since);
+        if let Some(policy) = &mut self.policy {
+            (policy.documents, policy.rules) = (Some(documents), Some(rules));
+            policy.last_error.clone_from(&last_error);
+        }
+        self.degraded.extend(last_error.map(|error| format!("the last good policy stays in force: {error}")));
+        if !attached {
+            self.degraded.push("the cgroup is gone; it is filtered again when it is back".to_owned());
+        }
+        (self.scopes, self.names) = (scopes, names);
+    }
+
+    /// The exit status that the command line promises.
+    pub fn exit_code(&self) -> u8 {
+        match (self.enforcing, self.degraded.is_empty()) {
+            (true, true) => 0,
+            (true, false) => 1,
+            (false, _) => 3,
+        }
+    }
+}
+
+/// RFC 3339, in UTC.
+pub(crate) fn time(time: SystemTime) -> String {
+    humantime::format_rfc3339_nanos(time).to_string()
+}
+
+impl Counters {
+    fn add(&mut self, counter: Counter, count: u64) {
+        let sum = match counter {
+            Counter::Answers(Verdict::Allow, ..) => &mut self.allow,
+            Counter::Answers(Verdict::Deny, ..) => &mut self.deny,
+            Counter::Answers(Verdict::WouldDeny, ..) => &mut self.would_deny,
+            Counter::EventsLost => &mut self.events_lost,
+        };
+        *sum += count;
+    }
+}
+
+/// For a person.
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "enforcing: {}", if self.enforcing { "yes" } else { "no" })?;
+        for reason in &self.degraded {
+            writeln!(f, "degraded:  {reason}")?;
+        }
+        let agent = &self.agent;
+        let version = agent.version.as_deref().unwrap_or("?");
+        match (agent.running, agent.pid) {
+            (true, Some(pid)) => writeln!(f, "agent:     running, pid {pid}, version {version}, ABI {}", agent.abi)?,
+            (true, None) => writeln!(f, "agent:     running")?,
+            (false, Some(pid)) => writeln!(f, "agent:     not running; the last was pid {pid}, version {version}")?,
+            (false, None) => writeln!(f, "agent:     not running")?,
+        }
+        for attached in &self.attached {
+            writeln!(f, "attached:  {} ({})", attached.cgroup, attached.hooks.join(", "))?;
+        }
+        if let Some(policy) = &self.policy {
+            write!(f, "policy:    generation {}, loaded {}", policy.generation, policy.loaded)?;
+            if let (Some(documents), Some(rules)) = (policy.documents, policy.rules) {
+                write!(f, ", {documents} documents, {rules} rules")?;
+            }
+            writeln!(f, "\n           hash {}", policy.hash)?;
+        }
+        for scope in &self.scopes {
+            let policies =
+                if scope.policies.is_empty() { "node default".to_owned() } else { scope.policies.join(", ") };
+            writeln!(
+                f,
+                "scope {}:   {policies}; {} workloads, {} prefixes",
+                scope.id, scope.workloads, scope.prefixes
+            )?;
+        }
+        for map in &self.maps {
+            writeln!(
+                f,
+                "map:       {:<9} {} of {} elements, {} bytes",
+                map.name, map.entries, map.capacity, map.bytes
+            )?;
+        }
+        let Counters { allow, deny, would_deny, events_lost } = self.counters;
+        writeln!(
+            f,
+            "answers:   {allow} allowed, {deny} denied, {would_deny} would be denied; {events_lost} reports lost"
+        )?;
+        for Wildcard { host, document } in &self.names.wildcards {
+            writeln!(f, "wildcard:  {host} of {document} cannot be resolved and opens nothing")?;
+        }
+        Ok(())
+    }
+}

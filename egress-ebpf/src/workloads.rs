@@ -1,0 +1,88 @@
+//! Where the acting task belongs. The agent fills the maps; nothing here writes them.
+//!
+//! What `WORKLOADS` points to never loses or changes an element: a change of policy exchanges the pointer, and it is read
+//! once for each decision.
+
+use aya_ebpf::{
+    btf_maps::{ArrayOfMaps, HashMap},
+    helpers::{bpf_get_current_cgroup_id, bpf_get_current_uid_gid, generated::bpf_get_current_ancestor_cgroup_id},
+    macros::btf_map,
+};
+use egress_common::{MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place};
+
+use crate::meta;
+
+/// `BPF_F_NO_PREALLOC` of `linux/bpf.h`: most hosts need few of the elements.
+const NO_PREALLOC: usize = 1;
+
+type Placements = HashMap<u64, Placement, 1, NO_PREALLOC>;
+
+#[btf_map]
+static WORKLOADS: ArrayOfMaps<Placements, 1> = ArrayOfMaps::new();
+
+#[btf_map]
+static USERS: HashMap<UserKey, u32, { MAX_USERS as usize }, NO_PREALLOC> = HashMap::new();
+
+/// Places the current task.
+#[inline(always)]
+pub(crate) fn place_current() -> Place {
+    Place::unpack(current_place())
+}
+
+/// [`place`] for the current task, verified once as a function of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn current_place() -> u32 {
+    let place = match WORKLOADS.get(0) {
+        Some(placements) => place(&Maps { placements }, &Current),
+        None => Place::Unknown,
+    };
+    place.pack()
+}
+
+struct Maps<'a> {
+    placements: &'a Placements,
+}
+
+impl Workloads for Maps<'_> {
+    #[inline(always)]
+    fn placement(&self, cgroup: u64) -> Option<Placement> {
+        // SAFETY: no element is changed or removed while the map can be reached from here.
+        unsafe { self.placements.get(cgroup) }.copied()
+    }
+
+    #[inline(always)]
+    fn of_user(&self, key: UserKey) -> Option<Scope> {
+        // SAFETY: an element is removed only after a grace period in which nothing named its scope.
+        unsafe { USERS.get(key) }.copied().map(Scope::new)
+    }
+
+    #[inline(always)]
+    fn deepest(&self) -> u8 {
+        meta::deepest()
+    }
+}
+
+/// The task that runs.
+struct Current;
+
+impl Task for Current {
+    #[inline(always)]
+    fn cgroup(&self) -> u64 {
+        // SAFETY: the helper takes no arguments and only returns a number.
+        unsafe { bpf_get_current_cgroup_id() }
+    }
+
+    #[inline(always)]
+    fn ancestor(&self, level: u8) -> Option<u64> {
+        // SAFETY: the helper takes a number, of which it checks the bounds, and returns one.
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(level.into()) };
+        (id != 0).then_some(id)
+    }
+
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half is the user id")]
+    fn uid(&self) -> u32 {
+        bpf_get_current_uid_gid() as u32
+    }
+}
