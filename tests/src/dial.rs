@@ -91,12 +91,23 @@ impl Call {
     }
 
     fn attempt(&self) -> std::io::Result<()> {
-        let to = self.destination();
+        let (domain, kind) = self.socket_kind();
+        self.attempt_on(&Socket::new(domain, kind, None)?)
+    }
+
+    /// What kind of socket the call is made on.
+    pub fn socket_kind(&self) -> (Domain, Type) {
         let kind = if self.method == Method::TcpConnect { Type::STREAM } else { Type::DGRAM };
-        let socket = Socket::new(Domain::for_address(to), kind, None)?;
+        (Domain::for_address(self.destination()), kind)
+    }
+
+    /// Makes the call on a socket that is there already.
+    pub fn attempt_on(&self, socket: &Socket) -> std::io::Result<()> {
+        let to = self.destination();
+        // Bounds a blocking `connect`, too. One that does not block would leave the socket unfit for another.
+        socket.set_write_timeout(Some(Duration::from_secs(5)))?;
         match self.method {
-            Method::TcpConnect => socket.connect_timeout(&to.into(), Duration::from_secs(5)),
-            Method::UdpConnect => socket.connect(&to.into()),
+            Method::TcpConnect | Method::UdpConnect => socket.connect(&to.into()),
             Method::UdpSend => socket.send_to(b"x", &to.into()).map(drop),
         }
     }

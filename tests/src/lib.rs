@@ -6,10 +6,12 @@
 
 #![expect(clippy::missing_panics_doc, reason = "a test that cannot go on may panic anywhere")]
 
+pub mod actor;
 pub mod agent;
 pub mod bpffs;
 pub mod cgroup;
 pub mod dial;
+pub mod foreign;
 pub mod fuzz_targets;
 pub mod generate;
 pub mod mariadb;

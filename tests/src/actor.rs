@@ -1,0 +1,303 @@
+//! A process that does what a test tells it, one thing after another, while the test moves it between cgroups: the
+//! `actor` program.
+//!
+//! It can keep sockets that it made before it was moved, and have a second thread in a cgroup of its own. The kernel
+//! chooses the programs by the cgroup in which a *socket* was made; what they learn of the caller is that of the *thread*.
+
+use std::{
+    fmt,
+    io::{BufRead, BufReader, Write},
+    net::SocketAddr,
+    path::PathBuf,
+    process::{Child, ChildStdin, ChildStdout, Stdio},
+    str::FromStr,
+    sync::mpsc::{Receiver, Sender, channel},
+    thread,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::{io::Errno, process::Uid, thread::gettid};
+use socket2::{Domain, Socket, Type};
+
+use crate::{
+    cgroup::Cgroup,
+    dial::{Call, Method},
+    netns::Netns,
+};
+
+/// How a call ended.
+pub type Outcome = Result<(), Errno>;
+
+/// Who makes a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Who {
+    /// The first thread.
+    Main,
+    /// The thread that [`Actor::thread_in`] started.
+    Thread,
+}
+
+/// The socket a call is made on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    /// One that is made for the call and closed after it.
+    New,
+    /// The one of its kind that [`Actor::make_socket`] made.
+    Made,
+}
+
+/// An `actor` process, killed when dropped.
+#[derive(Debug)]
+pub struct Actor {
+    child: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+    /// The second thread's id.
+    thread: Option<u32>,
+}
+
+impl Actor {
+    /// Starts one in a network namespace and a cgroup, as root or as another user.
+    pub fn start(namespace: &Netns, cgroup: &Cgroup, uid: Option<u32>) -> Result<Self> {
+        let mut command = namespace.command(program()?, Some(cgroup))?;
+        // It takes the identity by itself, since joining the namespace and the cgroup needs root.
+        command.args(uid.map(|uid| uid.to_string()));
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot run actor")?;
+        let orders = child.stdin.take().context("stdin is piped")?;
+        let answers = BufReader::new(child.stdout.take().context("stdout is piped")?);
+        Ok(Self { child, orders, answers, thread: None })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The second thread's id, if there is one.
+    pub fn tid(&self) -> Option<u32> {
+        self.thread
+    }
+
+    /// Moves it to another cgroup, both of its threads.
+    pub fn move_to(&self, cgroup: &Cgroup) -> Result<()> {
+        cgroup.take_process(self.pid())
+    }
+
+    /// Opens a TCP connection from a new socket and closes it.
+    pub fn dial_tcp(&mut self, to: SocketAddr) -> Result<Outcome> {
+        self.call(Who::Main, On::New, &plain(Method::TcpConnect, to))
+    }
+
+    /// Sends a UDP datagram from a new socket that is not connected.
+    pub fn send_udp(&mut self, to: SocketAddr) -> Result<Outcome> {
+        self.call(Who::Main, On::New, &plain(Method::UdpSend, to))
+    }
+
+    /// Makes sockets of each kind, TCP and UDP of both families, in the cgroup it is in, and keeps them; earlier ones are
+    /// closed.
+    pub fn make_socket(&mut self) -> Result<()> {
+        self.make_socket_by(Who::Main)
+    }
+
+    /// The same by either thread.
+    pub fn make_socket_by(&mut self, who: Who) -> Result<()> {
+        self.order(&Order { who, task: Task::Make }).map(drop)
+    }
+
+    /// Connects the TCP socket it made. One that was refused, or found nobody, can be connected again.
+    pub fn dial_with_made_socket(&mut self, to: SocketAddr) -> Result<Outcome> {
+        self.call(Who::Main, On::Made, &plain(Method::TcpConnect, to))
+    }
+
+    /// Sends a UDP datagram from the socket it made.
+    pub fn send_with_made_socket(&mut self, to: SocketAddr) -> Result<Outcome> {
+        self.call(Who::Main, On::Made, &plain(Method::UdpSend, to))
+    }
+
+    /// Puts its second thread into a cgroup, which must be threaded and share its domain with the process's, and starts
+    /// the thread if there is none.
+    pub fn thread_in(&mut self, cgroup: &Cgroup) -> Result<()> {
+        let tid = match self.thread {
+            Some(tid) => tid,
+            None => self.order(&Order { who: Who::Main, task: Task::Spawn })?.parse()?,
+        };
+        self.thread = Some(tid);
+        cgroup.take_thread(tid)
+    }
+
+    /// Opens a TCP connection from a new socket of the second thread.
+    pub fn dial_from_thread(&mut self, to: SocketAddr) -> Result<Outcome> {
+        self.call(Who::Thread, On::New, &plain(Method::TcpConnect, to))
+    }
+
+    /// Sends a UDP datagram from a new socket of the second thread.
+    pub fn send_from_thread(&mut self, to: SocketAddr) -> Result<Outcome> {
+        self.call(Who::Thread, On::New, &plain(Method::UdpSend, to))
+    }
+
+    /// Makes any call.
+    pub fn call(&mut self, who: Who, on: On, call: &Call) -> Result<Outcome> {
+        ensure!(who == Who::Main || self.thread.is_some(), "the actor has no second thread yet");
+        match self.order(&Order { who, task: Task::Call(on, *call) })?.parse()? {
+            0 => Ok(Ok(())),
+            errno => Ok(Err(Errno::from_raw_os_error(errno))),
+        }
+    }
+
+    fn order(&mut self, order: &Order) -> Result<String> {
+        writeln!(self.orders, "{order}")?;
+        let mut answer = String::new();
+        ensure!(self.answers.read_line(&mut answer)? > 0, "the actor ended early, at {order}");
+        Ok(answer.trim().to_owned())
+    }
+}
+
+impl Drop for Actor {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn plain(method: Method, to: SocketAddr) -> Call {
+    Call { method, mapped: false, to }
+}
+
+/// The `actor` program, which cargo puts beside the directory of the tests, or beside the programs.
+fn program() -> Result<PathBuf> {
+    let mut directory = std::env::current_exe()?;
+    directory.pop();
+    if directory.ends_with("deps") {
+        directory.pop();
+    }
+    let program = directory.join("actor");
+    ensure!(program.exists(), "{} is missing: cargo builds it for the tests of this package", program.display());
+    Ok(program)
+}
+
+/// What the actor reads: a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Order {
+    who: Who,
+    task: Task,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Task {
+    /// Starts the second thread; the answer is its id.
+    Spawn,
+    /// Makes sockets to keep; the answer is empty.
+    Make,
+    /// The answer is 0 or the error number.
+    Call(On, Call),
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let who = match self.who {
+            Who::Main => "main",
+            Who::Thread => "thread",
+        };
+        match self.task {
+            Task::Spawn => write!(f, "{who} spawn"),
+            Task::Make => write!(f, "{who} make"),
+            Task::Call(On::New, call) => write!(f, "{who} new {call}"),
+            Task::Call(On::Made, call) => write!(f, "{who} made {call}"),
+        }
+    }
+}
+
+impl FromStr for Order {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (who, task) = text.split_once(' ').context("an order is WHO TASK")?;
+        let who = match who {
+            "main" => Who::Main,
+            "thread" => Who::Thread,
+            other => bail!("nobody is called {other}"),
+        };
+        let task = match task.split_once(' ').unwrap_or((task, "")) {
+            ("spawn", _) => Task::Spawn,
+            ("make", _) => Task::Make,
+            ("new", call) => Task::Call(On::New, call.parse()?),
+            ("made", call) => Task::Call(On::Made, call.parse()?),
+            (other, _) => bail!("unknown task {other}"),
+        };
+        Ok(Self { who, task })
+    }
+}
+
+/// The actor's own side: follows the orders it reads until there are no more.
+pub fn act(orders: impl BufRead, mut answers: impl Write, uid: Option<u32>) -> Result<()> {
+    if let Some(uid) = uid {
+        // There is one thread yet, so this is the whole process; it loses every capability.
+        rustix::thread::set_thread_uid(Uid::from_raw(uid)).context("cannot become another user")?;
+    }
+    let mut cast = Cast { made: Vec::new(), thread: None };
+    for line in orders.lines() {
+        let answer = cast.follow(line?.parse()?)?;
+        writeln!(answers, "{answer}")?;
+        answers.flush()?;
+    }
+    Ok(())
+}
+
+/// A thing to do, and where to tell what came of it.
+type Job = Box<dyn FnOnce() + Send>;
+
+struct Cast {
+    made: Vec<Socket>,
+    thread: Option<Sender<Job>>,
+}
+
+impl Cast {
+    fn follow(&mut self, order: Order) -> Result<String> {
+        match order.task {
+            Task::Spawn => {
+                let (jobs, queue): (Sender<Job>, Receiver<Job>) = channel();
+                thread::spawn(move || queue.into_iter().for_each(|job| job()));
+                self.thread = Some(jobs);
+                Ok(self.by(Who::Thread, gettid)?.as_raw_nonzero().to_string())
+            }
+            Task::Make => {
+                self.made = self.by(order.who, make_sockets)??;
+                Ok(String::new())
+            }
+            Task::Call(On::New, call) => Ok(self.by(order.who, move || call.make())?.to_string()),
+            Task::Call(On::Made, call) => {
+                let socket = self.made_for(&call)?;
+                let result = self.by(order.who, move || call.attempt_on(&socket))?;
+                Ok(result.err().and_then(|error| error.raw_os_error()).unwrap_or(0).to_string())
+            }
+        }
+    }
+
+    /// Has something done by one of the threads, and waits for it.
+    fn by<T: Send + 'static>(&self, who: Who, job: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        if who == Who::Main {
+            return Ok(job());
+        }
+        let (tell, told) = channel();
+        let tell = move || tell.send(job()).expect("this thread waits for it");
+        let jobs = self.thread.as_ref().context("there is no second thread")?;
+        jobs.send(Box::new(tell)).ok().context("the second thread has ended")?;
+        told.recv().context("the second thread has ended")
+    }
+
+    fn made_for(&self, call: &Call) -> Result<Socket> {
+        let kind = call.socket_kind();
+        for socket in &self.made {
+            if (socket.domain()?, socket.r#type()?) == kind {
+                return Ok(socket.try_clone()?);
+            }
+        }
+        bail!("no socket was made");
+    }
+}
+
+fn make_sockets() -> std::io::Result<Vec<Socket>> {
+    let kinds = [Domain::IPV4, Domain::IPV6].map(|domain| [Type::STREAM, Type::DGRAM].map(|kind| (domain, kind)));
+    kinds.concat().into_iter().map(|(domain, kind)| Socket::new(domain, kind, None)).collect()
+}
