@@ -11,7 +11,7 @@ pub const ABI_VERSION: u32 = 2;
 pub const MAX_SCOPES: u32 = 4096;
 
 /// Most pairs of a scope and a user with rules of its own.
-pub const MAX_USERS: u32 = 1 << 16;
+pub const MAX_USERS: u32 = 1 << 14;
 
 /// Names of the maps; the kernel cuts names after 15 bytes.
 pub mod map {

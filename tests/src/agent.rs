@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Output, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
     thread,
     time::{Duration, Instant},
@@ -12,12 +12,21 @@ use std::{
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use tempfile::TempDir;
 
-use crate::{PATIENCE, cgroup::Cgroup, eventually};
+use crate::{PATIENCE, bpffs::Bpffs, cgroup::Cgroup, eventually};
 
 /// The agent that `cargo xtask` built.
 pub fn binary() -> Result<PathBuf> {
     std::env::var_os("EGRESS_AGENT").map(PathBuf::from).context("EGRESS_AGENT is not set: run `cargo xtask test`")
+}
+
+/// `run` with JSON output.
+pub fn run_command(policies: &Path, cgroup: &Path, more: &[&str]) -> Result<Command> {
+    let mut command = Command::new(binary()?);
+    command.arg("run").arg("--policies").arg(policies).arg("--cgroup").arg(cgroup);
+    command.args(["--output", "json"]).args(more);
+    Ok(command)
 }
 
 /// A running agent, killed when dropped.
@@ -28,26 +37,75 @@ pub struct Agent {
     /// Lines that were read while waiting for another.
     seen: Vec<String>,
     denials: Receiver<String>,
+    /// What it pins and where it listens is its own, and goes with it, unless the command says otherwise.
+    _place: Option<Place>,
+}
+
+/// A place for pins and for the control socket.
+#[derive(Debug)]
+pub struct Place {
+    bpffs: Bpffs,
+    run: TempDir,
+}
+
+impl Place {
+    /// Makes one.
+    pub fn new() -> Result<Self> {
+        Ok(Self { bpffs: Bpffs::new()?, run: tempfile::Builder::new().prefix("egress-run-").tempdir()? })
+    }
+
+    /// The pin directory.
+    pub fn pins(&self) -> PathBuf {
+        self.bpffs.path().join("egress")
+    }
+
+    /// Tells a command of it, whatever the command is.
+    pub fn tell(&self, command: &mut Command) {
+        command.env("EGRESS_PIN_DIR", self.pins()).env("EGRESS_RUN_DIR", self.run.path());
+    }
+
+    /// Runs a command of the agent that ends by itself.
+    pub fn output(&self, args: &[&str]) -> Result<Output> {
+        let mut command = Command::new(binary()?);
+        self.tell(&mut command);
+        Ok(command.args(args).output()?)
+    }
 }
 
 impl Agent {
     /// Starts `run` on a cgroup, with JSON output, and waits until its policy is in force.
     pub fn start(policies: &Path, cgroup: &Cgroup, more: &[&str]) -> Result<Self> {
-        let mut command = Command::new(binary()?);
-        command.arg("run").arg("--policies").arg(policies).arg("--cgroup").arg(cgroup.path());
-        command.args(["--output", "json"]).args(more);
-        let mut agent = Self::spawn(command)?;
+        let mut agent = Self::spawn(run_command(policies, cgroup.path(), more)?)?;
         agent.wait_for("policy applied generation=1 ")?;
         Ok(agent)
     }
 
-    /// Starts a command as it is.
+    /// Starts a command as it is, in a place of its own.
     pub fn spawn(mut command: Command) -> Result<Self> {
+        let place = Place::new()?;
+        place.tell(&mut command);
+        let mut agent = Self::spawn_in(None, command)?;
+        agent._place = Some(place);
+        Ok(agent)
+    }
+
+    /// Starts `run` in a place that outlives it, and waits until its policy is in force.
+    pub fn start_in(place: &Place, policies: &Path, cgroup: &Cgroup, more: &[&str]) -> Result<Self> {
+        let mut agent = Self::spawn_in(Some(place), run_command(policies, cgroup.path(), more)?)?;
+        agent.wait_for("policy applied generation=1 ")?;
+        Ok(agent)
+    }
+
+    /// Starts a command in a place that outlives it; without one, as it is.
+    pub fn spawn_in(place: Option<&Place>, mut command: Command) -> Result<Self> {
+        if let Some(place) = place {
+            place.tell(&mut command);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot run {}", command.get_program().display()))?;
         let log = lines(child.stderr.take().context("stderr is piped")?);
         let denials = lines(child.stdout.take().context("stdout is piped")?);
-        Ok(Self { child, log, seen: Vec::new(), denials })
+        Ok(Self { child, log, seen: Vec::new(), denials, _place: None })
     }
 
     /// The agent's process id.

@@ -57,7 +57,7 @@ pub fn compile_vs_reference(bytes: &[u8]) {
 fn agree(policies: &PolicySet, workload: &Workload, context: &Context, most: usize) {
     // What is too large is refused as a whole.
     let Ok(ruleset) = compile(policies, workload, context) else { return };
-    ruleset.views().for_each(|(_, table)| is_tidy(table));
+    ruleset.views(egress_agent::ruleset::Ruleset::SCOPE).for_each(|(_, table)| is_tidy(table));
     for asked in questions::at_edges(policies, context, most) {
         let (found, expected) = (ask(&ruleset, asked), judge(policies, workload, context, asked));
         let Question { l4, address, port } = asked;

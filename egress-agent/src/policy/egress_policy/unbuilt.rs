@@ -19,23 +19,8 @@ struct Field {
 const FIELDS: &[Field] = &[
     Field {
         path: "spec.workloads",
-        what: "selecting by `cgroup`",
-        is_used: |p| selects(p, |s| matches!(s, Selector::Cgroup(_))),
-    },
-    Field {
-        path: "spec.workloads",
-        what: "selecting by `unit`",
-        is_used: |p| selects(p, |s| matches!(s, Selector::Unit(_))),
-    },
-    Field {
-        path: "spec.workloads",
         what: "selecting by `pod`",
         is_used: |p| selects(p, |s| matches!(s, Selector::Pod(_))),
-    },
-    Field {
-        path: "spec.workloads",
-        what: "selecting by `user`",
-        is_used: |p| selects(p, |s| matches!(s, Selector::User(_))),
     },
     Field { path: "spec.dns.queries", what: "`Named`", is_used: |p| p.dns_queries == Some(DnsQueries::Named) },
     Field {
