@@ -2,21 +2,26 @@
 
 use std::{
     collections::HashMap,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs::{self, File},
     io,
     os::unix::{
         ffi::{OsStrExt, OsStringExt},
         fs::MetadataExt,
     },
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
-use rustix::fs::statfs;
+use rustix::{fs::statfs, thread::gettid};
 use thiserror::Error;
 
 /// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
 const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
+/// The inode of the hierarchy's root: the first that `kernfs_create_root` gives.
+const ROOT_INODE: u64 = 1;
+
+/// How a container gets the host's cgroups.
+const HOST_MOUNT: &str = "for example with -v /sys/fs/cgroup:/host/cgroup:ro";
 
 /// Why a cgroup could not be had.
 #[derive(Debug, Error)]
@@ -26,10 +31,19 @@ pub enum CgroupError {
     MountInfo(#[source] io::Error),
     /// No cgroup2 hierarchy is mounted with its root.
     #[error(
-        "no cgroup2 file system is mounted from its root; mount one (mount -t cgroup2 none /sys/fs/cgroup), in a \
-         container mount the host's"
+        "no cgroup2 file system is mounted; mount one (mount -t cgroup2 none /sys/fs/cgroup), in a container the host's \
+         ({HOST_MOUNT})"
     )]
     NotMounted,
+    /// Only a part of the hierarchy is mounted, as in a container with a cgroup namespace of its own.
+    #[error(
+        "cgroup2 at {} is a container's own part of the hierarchy: mount the host's root beside it ({HOST_MOUNT})",
+        .at.display()
+    )]
+    OnlyPart {
+        /// Where that is mounted.
+        at: PathBuf,
+    },
     /// Neither the path nor the path below the mount is there.
     #[error("there is no cgroup {}: looked for {} and for {}", .given.display(), .given.display(), .below.display())]
     NotFound {
@@ -58,22 +72,39 @@ pub enum CgroupError {
 }
 
 /// Where the cgroup2 hierarchy is mounted from its root: of several mounts, the one with the shortest path.
+///
+/// In a cgroup namespace the root of a mount in mountinfo is told from the namespace's own root, so `/` may be a part of the
+/// hierarchy and `/../..` all of it. What tells is the inode: that of the hierarchy's root is 1.
 pub fn mount_point() -> Result<PathBuf, CgroupError> {
     let mounts = fs::read("/proc/self/mountinfo").map_err(CgroupError::MountInfo)?;
-    mount_point_in(&mounts).ok_or(CgroupError::NotMounted)
+    root_among(cgroup2_mounts(&mounts), inode_on_cgroup2)
 }
 
-/// Fields of a line, by `proc_pid_mountinfo(5)`: 4 is the root of the mount, 5 the mount point; the type of the file
-/// system follows a lone `-`.
-fn mount_point_in(mounts: &[u8]) -> Option<PathBuf> {
+/// Fields of a line, by `proc_pid_mountinfo(5)`: 5 is the mount point; the type of the file system follows a lone `-`.
+fn cgroup2_mounts(mounts: &[u8]) -> Vec<PathBuf> {
     let of_line = |line: &[u8]| {
         let mut fields = line.split(|&byte| byte == b' ');
-        let root = fields.nth(3)?;
-        let point = fields.next()?;
+        let point = fields.nth(4)?;
         let kind = fields.skip_while(|&field| field != b"-").nth(1)?;
-        (kind == b"cgroup2" && root == b"/").then(|| unescape(point))
+        (kind == b"cgroup2").then(|| unescape(point))
     };
-    mounts.split(|&byte| byte == b'\n').filter_map(of_line).min_by_key(|path| path.as_os_str().len())
+    mounts.split(|&byte| byte == b'\n').filter_map(of_line).collect()
+}
+
+/// `inode` is `None` where another mount hides the mount point.
+fn root_among(points: Vec<PathBuf>, inode: impl Fn(&Path) -> Option<u64>) -> Result<PathBuf, CgroupError> {
+    let shortest = |points: Vec<PathBuf>| points.into_iter().min_by_key(|point| point.as_os_str().len());
+    let seen = points.into_iter().filter(|point| inode(point).is_some());
+    let (roots, parts) = seen.partition(|point| inode(point) == Some(ROOT_INODE));
+    shortest(roots).ok_or_else(|| match shortest(parts) {
+        Some(at) => CgroupError::OnlyPart { at },
+        None => CgroupError::NotMounted,
+    })
+}
+
+fn inode_on_cgroup2(path: &Path) -> Option<u64> {
+    let meta = is_on_cgroup2(path).then(|| fs::metadata(path));
+    meta?.ok().map(|meta| meta.ino())
 }
 
 /// Blanks and backslashes stand as three octal digits in mountinfo.
@@ -127,6 +158,43 @@ impl Cgroup {
     }
 }
 
+/// The cgroup of the calling thread.
+///
+/// `/proc` tells it from the root of the cgroup namespace, so the cgroup of that name below the mount may be another: it
+/// counts only if it holds the thread. Threads are listed in their own cgroup also where it is a threaded one, in which
+/// `cgroup.procs` cannot be read. Numbers of another pid namespace are listed as 0, so none is mistaken for ours.
+pub fn own(mount: &Path) -> Option<Cgroup> {
+    let thread = gettid().as_raw_nonzero().to_string();
+    let holds = |directory: &PathBuf| {
+        let threads = fs::read_to_string(directory.join("cgroup.threads"));
+        threads.is_ok_and(|threads| threads.lines().any(|line| line == thread))
+    };
+    let told = fs::read("/proc/thread-self/cgroup").ok().and_then(|cgroups| cgroup2_path(&cgroups));
+    let told = told.map(|below| mount.join(below)).filter(holds);
+    let directory = told.or_else(|| directories(mount).find(holds))?;
+    Cgroup::open(&directory, mount).ok()
+}
+
+/// The path in a `cgroup` file of `/proc`, relative to the root of the cgroup namespace; `None` where it leads out of that.
+fn cgroup2_path(cgroups: &[u8]) -> Option<PathBuf> {
+    let path = cgroups.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(b"0::/"))?;
+    let path = Path::new(OsStr::from_bytes(path));
+    let is_below = path.components().all(|component| matches!(component, Component::Normal(_)));
+    is_below.then(|| path.to_owned())
+}
+
+/// Every directory of a mount. What goes away meanwhile is no longer there to be listed.
+fn directories(mount: &Path) -> impl Iterator<Item = PathBuf> {
+    let mut todo = vec![mount.to_owned()];
+    std::iter::from_fn(move || {
+        let directory = todo.pop()?;
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        todo.extend(children.map(|entry| entry.path()));
+        Some(directory)
+    })
+}
+
 fn is_on_cgroup2(path: &Path) -> bool {
     statfs(path).is_ok_and(|system| u64::try_from(system.f_type) == Ok(CGROUP2_SUPER_MAGIC))
 }
@@ -160,35 +228,33 @@ impl CgroupPaths {
     }
 
     fn of_process(&self, id: u64, pid: u32) -> Option<PathBuf> {
-        let cgroups = fs::read(format!("/proc/{pid}/cgroup")).ok()?;
-        let path = cgroups.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(b"0::/"))?;
-        let path = Path::new(std::ffi::OsStr::from_bytes(path));
-        let is_it = fs::metadata(self.mount.join(path)).is_ok_and(|meta| meta.ino() == id);
+        let path = cgroup2_path(&fs::read(format!("/proc/{pid}/cgroup")).ok()?)?;
+        let is_it = fs::metadata(self.mount.join(&path)).is_ok_and(|meta| meta.ino() == id);
         is_it.then(|| Path::new("/").join(path))
     }
 
     /// Learns every cgroup there is, and forgets the others.
     fn walk(&mut self) {
-        let mut known = HashMap::new();
-        let mut todo = vec![self.mount.clone()];
-        while let Some(directory) = todo.pop() {
-            // A cgroup that goes away while we look is no longer there to be learnt.
-            let Ok(meta) = fs::metadata(&directory) else { continue };
-            let Ok(entries) = fs::read_dir(&directory) else { continue };
-            let children = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-            todo.extend(children.map(|entry| entry.path()));
+        let known = directories(&self.mount).filter_map(|directory| {
+            let id = fs::metadata(&directory).ok()?.ino();
             let below = directory.strip_prefix(&self.mount).unwrap_or(&directory);
-            known.insert(meta.ino(), Some(Path::new("/").join(below)));
-        }
-        self.known = known;
+            Some((id, Some(Path::new("/").join(below))))
+        });
+        self.known = known.collect();
     }
 }
 
-/// The systemd unit that a cgroup belongs to: the innermost component of its path that is a service, scope or the like.
+/// The systemd unit that a cgroup belongs to: the first component of its path that is not a slice, if that is a service,
+/// scope or the like. What stands below it was made by the unit itself, which could take another unit's name there.
 pub fn unit(path: &Path) -> Option<&str> {
     const UNIT_TYPES: [&str; 5] = ["service", "scope", "socket", "mount", "swap"];
-    let components = path.iter().rev().filter_map(|component| component.to_str());
-    components.into_iter().find(|name| name.rsplit_once('.').is_some_and(|(_, kind)| UNIT_TYPES.contains(&kind)))
+    let mut components = path.iter().filter(|&component| component != "/").map(OsStr::to_str);
+    let name = components.find(|name| name.and_then(unit_type) != Some("slice"))??;
+    unit_type(name).is_some_and(|kind| UNIT_TYPES.contains(&kind)).then_some(name)
+}
+
+fn unit_type(name: &str) -> Option<&str> {
+    name.rsplit_once('.').map(|(_, kind)| kind)
 }
 
 /// The container that a cgroup belongs to: 64 hexadecimal digits, as containerd, CRI-O, Docker and Podman name it, alone
@@ -205,24 +271,66 @@ pub fn container_id(path: &Path) -> Option<&str> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_cgroup2_root_is_found_among_cgroup_v1_mounts() {
-        let mounts = b"\
+    const HOST: &[u8] = b"\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
 32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu
 40 31 0:38 /below /short rw,relatime - cgroup2 cgroup2 rw
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 master:1 - cgroup2 cgroup2 rw
 42 31 0:38 / /a/longer/path/than/the/other/one rw,relatime - cgroup2 cgroup2 rw
 ";
-        assert_eq!(mount_point_in(mounts), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(mount_point_in(b"40 31 0:38 /below /x rw - cgroup2 cgroup2 rw\n"), None);
-        assert_eq!(mount_point_in(b"\n40 31\n"), None);
+
+    /// The mounts of a container that has its own part of the hierarchy and the host's root.
+    const CONTAINER: &[u8] = b"\
+58 48 0:38 / /sys/fs/cgroup ro,relatime - cgroup2 cgroup2 rw
+65 44 0:38 /../../.. /host/cgroup ro,relatime - cgroup2 cgroup2 rw
+66 44 0:38 /../../../system.slice /x rw,relatime - cgroup2 cgroup2 rw
+";
+
+    /// The mount that is chosen, where `roots` have the inode of the root and `hidden` cannot be seen.
+    fn chosen(mounts: &[u8], roots: &[&str], hidden: &[&str]) -> Result<PathBuf, CgroupError> {
+        let is_one = |path: &Path, of: &[&str]| of.iter().any(|one| path == Path::new(one));
+        root_among(cgroup2_mounts(mounts), |path| {
+            (!is_one(path, hidden)).then(|| if is_one(path, roots) { ROOT_INODE } else { 4711 })
+        })
+    }
+
+    #[test]
+    fn the_cgroup2_root_is_found_among_cgroup_v1_mounts() {
+        let (near, far) = ("/sys/fs/cgroup/unified", "/a/longer/path/than/the/other/one");
+        assert_eq!(chosen(HOST, &[near, far], &[]).unwrap(), Path::new(near));
+        assert_eq!(chosen(HOST, &[near, far], &[near]).unwrap(), Path::new(far));
+        assert!(matches!(chosen(b"\n40 31\n", &[], &[]), Err(CgroupError::NotMounted)));
+        assert!(matches!(chosen(HOST, &[near], &[near, far, "/short"]), Err(CgroupError::NotMounted)));
+    }
+
+    #[test]
+    fn the_hosts_root_is_told_from_the_part_of_a_container() {
+        assert_eq!(chosen(CONTAINER, &["/host/cgroup"], &[]).unwrap(), Path::new("/host/cgroup"));
+        let error = chosen(CONTAINER, &[], &["/x"]).unwrap_err().to_string();
+        assert!(error.contains("cgroup2 at /host/cgroup is a container's own part"), "{error}");
     }
 
     #[test]
     fn blanks_in_a_mount_point_are_unescaped() {
-        assert_eq!(mount_point_in(b"1 2 0:3 / /a\\040b rw - cgroup2 x rw"), Some("/a b".into()));
+        assert_eq!(cgroup2_mounts(b"1 2 0:3 / /a\\040b rw - cgroup2 x rw"), [Path::new("/a b")]);
         assert_eq!(unescape(b"\\9"), PathBuf::from("\\9"));
+    }
+
+    #[test]
+    fn a_path_that_leads_out_of_the_namespace_names_no_cgroup() {
+        assert_eq!(cgroup2_path(b"4:cpu:/x\n0::/a/b\n"), Some("a/b".into()));
+        assert_eq!(cgroup2_path(b"0::/\n"), Some("".into()));
+        assert_eq!(cgroup2_path(b"0::/../a\n"), None);
+        assert_eq!(cgroup2_path(b"4:cpu:/x\n"), None);
+    }
+
+    #[test]
+    fn the_own_cgroup_holds_the_calling_thread() {
+        let mount = mount_point().unwrap();
+        let own = own(&mount).unwrap();
+        let threads =
+            fs::read_to_string(mount.join(own.path.strip_prefix("/").unwrap()).join("cgroup.threads")).unwrap();
+        assert!(threads.lines().any(|line| line == gettid().as_raw_nonzero().to_string()), "{own:?}");
     }
 
     #[test]
@@ -243,7 +351,22 @@ mod tests {
         assert_eq!(container_id(Path::new(&pod)), Some(id.as_str()));
         assert_eq!(container_id(Path::new(&format!("/docker/{id}/child"))), Some(id.as_str()));
         assert_eq!(container_id(Path::new("/system.slice/nginx.service")), None);
-        assert_eq!(unit(Path::new("/system.slice/nginx.service/worker")), Some("nginx.service"));
-        assert_eq!(unit(Path::new("/kubepods/burstable")), None);
+        assert_eq!(unit(Path::new(&pod)), Some(format!("cri-containerd-{id}.scope").as_str()));
+    }
+
+    #[test]
+    fn a_unit_is_the_first_that_is_no_slice() {
+        let check = |path: &str, expected| assert_eq!(unit(Path::new(path)), expected, "{path}");
+        check("/system.slice/nginx.service/worker", Some("nginx.service"));
+        check("/system.slice/nginx.service/sshd.service", Some("nginx.service"));
+        check("/user.slice/user-1000.slice/user@1000.service/app.slice/foo.service", Some("user@1000.service"));
+        check("/init.scope", Some("init.scope"));
+        check("/kubepods.slice/a.slice/cri-containerd-X.scope", Some("cri-containerd-X.scope"));
+        check("/docker/x/sshd.service", None);
+        check("/system.slice/worker/sshd.service", None);
+        check("/kubepods/burstable", None);
+        check("/system.slice", None);
+        check("/", None);
+        assert_eq!(unit(Path::new(OsStr::from_bytes(b"/\xff.slice/sshd.service"))), None);
     }
 }
