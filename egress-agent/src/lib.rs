@@ -14,6 +14,7 @@ pub mod explain;
 pub mod pins;
 pub mod policy;
 pub mod prefix;
+pub mod privileges;
 mod report;
 pub mod resolv;
 pub mod ruleset;
