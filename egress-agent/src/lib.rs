@@ -19,6 +19,7 @@ mod report;
 pub mod resolv;
 pub mod ruleset;
 pub mod run;
+pub mod settings;
 mod source;
 pub mod users;
 mod watch;

@@ -1,6 +1,7 @@
 //! `egress-agent`: the command. Only here are errors printed, the environment read, and the exit status chosen.
 
 use std::{
+    ffi::OsString,
     fs::File,
     io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write},
     path::Path,
@@ -8,10 +9,9 @@ use std::{
 };
 
 use anyhow::Context as _;
-use clap::Parser;
 use egress_agent::{
     check::{LookUp, Report},
-    cli::{CheckArgs, Cli, Command, ExplainArgs, LogLevel, Output, RunArgs},
+    cli::{CheckArgs, Command, ExplainArgs, LogLevel, Output, RunArgs},
     compile::{Context, Names, NodeDefault},
     explain::{
         Explainer,
@@ -23,6 +23,7 @@ use egress_agent::{
     },
     resolv,
     run::{self, chain},
+    settings,
     users::{PASSWD, Users},
 };
 use tracing_subscriber::{
@@ -35,7 +36,15 @@ use tracing_subscriber::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("EGRESS_EBPF_OBJECT"));
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let command = match settings::command(&args, |name| std::env::var_os(name)) {
+        Ok(command) => command,
+        Err(error) => {
+            say(&format!("error: {}\n", chain(&error)));
+            return ExitCode::from(2);
+        }
+    };
+    let cli = settings::parse(command, args).unwrap_or_else(|error| error.exit());
     start_log(cli.log);
     match cli.command {
         Command::Run(args) => run(&args, cli.log),
