@@ -254,8 +254,12 @@ impl CgroupPaths {
 pub fn unit(path: &Path) -> Option<&str> {
     const UNIT_TYPES: [&str; 5] = ["service", "scope", "socket", "mount", "swap"];
     let mut components = path.iter().filter(|&component| component != "/").map(OsStr::to_str);
-    let name = components.find(|name| !name.is_some_and(|name| name.ends_with(".slice")))??;
-    name.rsplit_once('.').is_some_and(|(_, kind)| UNIT_TYPES.contains(&kind)).then_some(name)
+    let name = components.find(|name| name.and_then(unit_type) != Some("slice"))??;
+    unit_type(name).is_some_and(|kind| UNIT_TYPES.contains(&kind)).then_some(name)
+}
+
+fn unit_type(name: &str) -> Option<&str> {
+    name.rsplit_once('.').map(|(_, kind)| kind)
 }
 
 /// The container that a cgroup belongs to: 64 hexadecimal digits, as containerd, CRI-O, Docker and Podman name it, alone

@@ -4,7 +4,7 @@ use std::{net::IpAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{compile::NodeAction, policy::L4, scopes::UnknownWorkloads};
+use crate::{compile::NodeAction, policy::L4, scopes::UnknownWorkloads, settings::CONFIG};
 
 /// Where rules are pinned by default.
 const PIN_DIRECTORY: &str = "/sys/fs/bpf/egress";
@@ -21,6 +21,10 @@ pub struct Cli {
     /// What the agent says on stderr about its own work.
     #[arg(long, global = true, value_name = "LEVEL", env = "EGRESS_LOG", default_value = "info")]
     pub log: LogLevel,
+    /// Settings of `run`, one `flag: value` a line, as `policies: [/etc/egress/policies]`; flags and environment are
+    /// stronger. By default /etc/egress/agent.yaml, if it is there.
+    #[arg(long, global = true, value_name = "FILE", env = CONFIG)]
+    pub config: Option<PathBuf>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -79,7 +83,8 @@ Exit status: 0 asked to stop, 1 policy invalid at start, 2 usage, 4 kernel or pr
 Example:
   egress-agent run --policies /etc/egress/policies --cgroup system.slice/ratings.service")]
 pub struct RunArgs {
-    /// A policy file, or a directory of *.yaml, *.yml and *.json files; may be given several times.
+    /// A policy file, or a directory of *.yaml, *.yml and *.json files; may be given several times. In the environment,
+    /// several are separated by `:`.
     #[arg(long, value_name = "PATH", required = true, env = "EGRESS_POLICIES")]
     pub policies: Vec<PathBuf>,
     /// The cgroup to filter, with all below it: a directory, or a path below the cgroup2 mount.
@@ -107,16 +112,16 @@ pub struct RunArgs {
     #[arg(long, value_name = "ACTION", env = "EGRESS_DEFAULT", default_value = "Deny", ignore_case = true)]
     pub default: NodeAction,
     /// Do not open loopback addresses by default.
-    #[arg(long)]
+    #[arg(long, env = "EGRESS_NO_LOOPBACK")]
     pub no_loopback: bool,
     /// Do not open the resolvers of /etc/resolv.conf by default.
-    #[arg(long)]
+    #[arg(long, env = "EGRESS_NO_DNS")]
     pub no_dns: bool,
     /// Accept policy files and directories that others than root may write.
-    #[arg(long)]
+    #[arg(long, env = "EGRESS_ALLOW_WRITABLE_POLICIES")]
     pub allow_writable_policies: bool,
     /// How denials are written; text on a terminal, else JSON lines.
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", env = "EGRESS_OUTPUT")]
     pub output: Option<Output>,
 }
 

@@ -7,13 +7,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
+    path::Path,
     time::SystemTime,
 };
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, ArrayOfMaps, HashMap as KernelHash, Map, MapData, MapError, RingBuf},
-    programs::{CgroupAttachMode, CgroupSockAddr, links::FdLink},
+    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, links::FdLink},
 };
 use egress_common::{Counter, Hook, Meta, Placement, RuleId, Scope, UserKey, map};
 use zerocopy::transmute;
@@ -100,7 +101,7 @@ pub fn probe() -> Result<(), DataplaneError> {
     Ok(())
 }
 
-fn kernel_version(release: &str) -> Option<(u32, u32)> {
+pub(crate) fn kernel_version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
@@ -115,7 +116,7 @@ impl Dataplane {
         let mut ebpf =
             EbpfLoader::new().override_global(aya_log::LEVEL, &level, false).load(object).map_err(load_error)?;
         for hook in hooks() {
-            program(&mut ebpf, hook)?.load().map_err(|cause| DataplaneError::Program { hook, cause })?;
+            program(&mut ebpf, hook)?.load().map_err(|cause| program_error(hook, cause))?;
         }
         for name in map::ALL {
             let map = ebpf.map(name).ok_or(DataplaneError::Missing { what: "map", name })?;
@@ -254,7 +255,7 @@ impl Dataplane {
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
         let mut links = Vec::new();
         for hook in hooks() {
-            let failed = |cause| DataplaneError::Attach { hook, cgroup: cgroup.path.clone(), cause };
+            let failed = |cause| attach_error(hook, &cgroup.path, cause);
             let program = program(&mut self.ebpf, hook)?;
             let link = program.attach(&cgroup.directory, CgroupAttachMode::Single).map_err(failed)?;
             let link = program.take_link(link).map_err(failed)?;
@@ -340,15 +341,30 @@ fn failed(name: &'static str, what: &'static str, cause: MapError) -> DataplaneE
     DataplaneError::Map { name, what, cause }
 }
 
-fn load_error(error: EbpfError) -> DataplaneError {
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(&error);
-    while let Some(cause) = source {
-        if cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
-            return DataplaneError::Privilege;
-        }
-        source = cause.source();
+/// The verifier says `EACCES` and why; without a privilege the kernel says `EPERM`.
+fn program_error(hook: &'static str, cause: ProgramError) -> DataplaneError {
+    if is_permission(&cause) { DataplaneError::Privilege } else { DataplaneError::Program { hook, cause } }
+}
+
+/// The kernel says `EPERM` where it would have to keep a program that wants to be alone from running.
+fn attach_error(hook: &'static str, cgroup: &Path, cause: ProgramError) -> DataplaneError {
+    let cgroup = cgroup.to_owned();
+    if is_permission(&cause) {
+        DataplaneError::NoRoom { hook, cgroup }
+    } else {
+        DataplaneError::Attach { hook, cgroup, cause }
     }
-    DataplaneError::Load(Box::new(error))
+}
+
+fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    chain
+        .filter_map(|error| error.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::PermissionDenied)
+}
+
+fn load_error(error: EbpfError) -> DataplaneError {
+    if is_permission(&error) { DataplaneError::Privilege } else { DataplaneError::Load(Box::new(error)) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `egress-agent`: the command. Only here are errors printed, the environment read, and the exit status chosen.
 
 use std::{
+    ffi::OsString,
     fs::File,
     io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write},
     path::Path,
@@ -8,10 +9,9 @@ use std::{
 };
 
 use anyhow::Context as _;
-use clap::Parser;
 use egress_agent::{
     check::{LookUp, Report},
-    cli::{CheckArgs, Cli, Command, DetachArgs, ExplainArgs, LogLevel, Output, ReloadArgs, RunArgs, StatusArgs},
+    cli::{CheckArgs, Command, DetachArgs, ExplainArgs, LogLevel, Output, ReloadArgs, RunArgs, StatusArgs},
     compile::{Context, Names, NodeDefault},
     control::{self, Request},
     explain::{
@@ -23,8 +23,10 @@ use egress_agent::{
         diagnostic::{Color, Severity, render},
         load::{LoadOptions, load},
     },
+    privileges::{self, CapabilitySet, FOREIGN_FILES},
     resolv,
     run::{self, Reloaded, chain},
+    settings,
     status::Status,
     users::{PASSWD, Users},
 };
@@ -38,7 +40,15 @@ use tracing_subscriber::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("EGRESS_EBPF_OBJECT"));
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let command = match settings::command(&args, |name| std::env::var_os(name)) {
+        Ok(command) => command,
+        Err(error) => {
+            say(&format!("error: {}\n", chain(&error)));
+            return ExitCode::from(2);
+        }
+    };
+    let cli = settings::parse(command, args).unwrap_or_else(|error| error.exit());
     start_log(cli.log);
     match cli.command {
         Command::Run(args) => run(&args, cli.log),
@@ -192,6 +202,12 @@ fn who(args: &ExplainArgs) -> Who {
 }
 
 fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
+    privileges::prepare();
+    // The only thing that needs more than is kept. Whether it is mounted is seen when it is used.
+    pins::mount_bpffs(&args.pin_dir);
+    let foreign = if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() };
+    // Before there is a second thread, which would keep its own.
+    privileges::keep_only(privileges::START | foreign);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -88,7 +88,9 @@ pub struct PinDirectory {
 impl PinDirectory {
     /// Makes the directory if need be, and claims it.
     pub fn claim(path: &Path) -> Result<Self, PinError> {
-        ensure_bpffs(path)?;
+        if !is_on_bpffs(path)? {
+            return Err(PinError::NotBpffs(path.to_owned()));
+        }
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make pin directory", path))?;
         let directory = open_private(path)?;
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
@@ -133,18 +135,15 @@ fn open_private(path: &Path) -> Result<File, PinError> {
     Ok(directory)
 }
 
-/// Mounts the conventional bpf file system if it is to be used and is missing.
-fn ensure_bpffs(path: &Path) -> Result<(), PinError> {
-    if is_on_bpffs(path)? {
-        return Ok(());
+/// Mounts the conventional bpf file system if pins are to lie there and it is missing.
+pub fn mount_bpffs(pin_directory: &Path) {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    if pin_directory.starts_with(BPFFS) && is_on_bpffs(pin_directory).is_ok_and(|is_there| !is_there) {
+        match mount("bpf", BPFFS, "bpf", flags, None) {
+            Ok(()) => tracing::info!("mounted a bpf file system at {BPFFS}"),
+            Err(error) => tracing::warn!(%error, "cannot mount a bpf file system at {BPFFS}"),
+        }
     }
-    if path.starts_with(BPFFS)
-        && mount("bpf", BPFFS, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None).is_ok()
-    {
-        tracing::info!("mounted a bpf file system at {BPFFS}");
-        return Ok(());
-    }
-    Err(PinError::NotBpffs(path.to_owned()))
 }
 
 /// Whether a path, or what there is of it, is on a bpf file system.

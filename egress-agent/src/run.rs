@@ -30,6 +30,7 @@ use crate::{
     events::Enricher,
     pins::{PinDirectory, PinError},
     policy::load::{LoadError, LoadOptions},
+    privileges::{self, CapabilitySet, FOREIGN_FILES},
     report::Reporter,
     scopes::Selector,
     source::{Policy, Source, SourceOptions},
@@ -128,6 +129,9 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let mut signals = Signals::new()?;
     enforcement.attach()?;
     enforcement.dataplane.commit()?;
+    // Before there is a second thread, which would keep its own.
+    let foreign = if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() };
+    privileges::keep_only(privileges::RUNNING | foreign);
     let backlog = retire(&pins, enforcement.dataplane.pins().path());
     let reporter = start_reports(&mut enforcement.dataplane, mount, args.output, backlog)?;
     announce(&applied, &policy, &enforcement.cgroup.path);

@@ -17,7 +17,10 @@ pub enum DataplaneError {
         found: String,
     },
     /// The agent may not use bpf.
-    #[error("no permission to load programs into the kernel: run as root, or with CAP_BPF and CAP_NET_ADMIN")]
+    #[error(
+        "no permission to load programs into the kernel: run as root, or with CAP_BPF, CAP_NET_ADMIN and \
+             CAP_PERFMON"
+    )]
     Privilege,
     /// The object file was refused.
     #[error("the kernel refused the programs or their maps")]
@@ -98,6 +101,18 @@ pub enum DataplaneError {
     /// The maps could not be pinned.
     #[error(transparent)]
     Pins(#[from] PinError),
+    /// Somebody else's program leaves no room.
+    #[error(
+        "cannot attach {hook} to cgroup {}: not permitted, because another {hook} program leaves no room: one attached \
+         without BPF_F_ALLOW_MULTI to this cgroup or to one above it. `bpftool cgroup tree` shows it; have its owner detach \
+         it, or attach it with BPF_F_ALLOW_MULTI or by a link", .cgroup.display()
+    )]
+    NoRoom {
+        /// The hook.
+        hook: &'static str,
+        /// Where.
+        cgroup: PathBuf,
+    },
     /// A program could not be attached.
     #[error("cannot attach {hook} to cgroup {}", .cgroup.display())]
     Attach {

@@ -57,6 +57,14 @@ pub enum LoadError {
         /// The file.
         path: PathBuf,
     },
+    /// A file that must be trusted cannot be.
+    #[error("cannot use {}: {message}", path.display())]
+    Unfit {
+        /// The file.
+        path: PathBuf,
+        /// Why, and what helps.
+        message: String,
+    },
     /// No path was named.
     #[error("no policy file or directory was named")]
     NoPath,
@@ -158,6 +166,20 @@ pub fn load_text(file_name: impl AsRef<Path>, text: &str) -> Loaded {
     let mut loader = Loader::default();
     loader.read(&Arc::from(file_name.as_ref()), text.as_bytes());
     loader.finish()
+}
+
+/// Reads one file, of which holds what holds of policies that are followed: nobody but root can change it, and nobody does.
+pub fn read_trusted(path: &Path) -> Result<Vec<u8>, LoadError> {
+    let options = LoadOptions { require_root_owned: true, follow: true };
+    let path = path.to_owned();
+    files::read(&mut files::Found::named(path.clone()), &options, &mut MAX_TOTAL.clone()).map_err(|error| match error {
+        files::ReadError::Finding(Code::UnsafeOwner, message, help) => {
+            LoadError::Unfit { path, message: format!("{message}: {help}") }
+        }
+        files::ReadError::Finding(_, message, _) => LoadError::Unfit { path, message },
+        files::ReadError::BeingWritten => LoadError::BeingWritten { path },
+        files::ReadError::Named(cause) => LoadError::Unreadable { path, cause },
+    })
 }
 
 /// Where a change can change the result of [`load`], found without reading any file: for inotify.

@@ -24,6 +24,13 @@ pub(super) struct Found {
     error: Option<io::Error>,
 }
 
+impl Found {
+    /// A file that the user named.
+    pub(super) const fn named(path: PathBuf) -> Self {
+        Self { path, named: true, error: None }
+    }
+}
+
 /// Why a file was not read.
 pub(super) enum ReadError {
     /// Something to report.
