@@ -341,30 +341,29 @@ fn failed(name: &'static str, what: &'static str, cause: MapError) -> DataplaneE
     DataplaneError::Map { name, what, cause }
 }
 
-/// The verifier says `EACCES` and why; without a privilege the kernel says `EPERM`.
+/// Without `CAP_PERFMON`, it is the verifier that refuses, and says so in its log.
 fn program_error(hook: &'static str, cause: ProgramError) -> DataplaneError {
-    if is_permission(&cause) { DataplaneError::Privilege } else { DataplaneError::Program { hook, cause } }
+    let lacks_privilege = is_eperm(&cause) || cause.to_string().contains("prohibited for !root");
+    if lacks_privilege { DataplaneError::Privilege } else { DataplaneError::Program { hook, cause } }
 }
 
 /// The kernel says `EPERM` where it would have to keep a program that wants to be alone from running.
 fn attach_error(hook: &'static str, cgroup: &Path, cause: ProgramError) -> DataplaneError {
     let cgroup = cgroup.to_owned();
-    if is_permission(&cause) {
+    if is_eperm(&cause) {
         DataplaneError::NoRoom { hook, cgroup }
     } else {
         DataplaneError::Attach { hook, cgroup, cause }
     }
 }
 
-fn is_permission(error: &(dyn std::error::Error + 'static)) -> bool {
-    let chain = std::iter::successors(Some(error), |error| error.source());
-    chain
-        .filter_map(|error| error.downcast_ref::<io::Error>())
-        .any(|error| error.kind() == io::ErrorKind::PermissionDenied)
+fn is_eperm(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut chain = std::iter::successors(Some(error), |error| error.source());
+    chain.any(|error| error.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error() == Some(libc::EPERM)))
 }
 
 fn load_error(error: EbpfError) -> DataplaneError {
-    if is_permission(&error) { DataplaneError::Privilege } else { DataplaneError::Load(Box::new(error)) }
+    if is_eperm(&error) { DataplaneError::Privilege } else { DataplaneError::Load(Box::new(error)) }
 }
 
 #[cfg(test)]

@@ -418,7 +418,7 @@ log: debug
             let run = run(&line);
             assert_eq!(run.policies, [Path::new("/a"), Path::new("/b")]);
             assert_eq!((run.cgroup.as_path(), run.default), (Path::new("system.slice"), NodeAction::Allow));
-            assert_eq!((run.no_dns, run.no_loopback, run.pin_dir), (true, false, None));
+            assert_eq!((run.no_dns, run.no_loopback, run.pin_dir), (true, false, "/sys/fs/bpf/egress".into()));
         }
         let stronger = run(&format!("egress-agent run --config {path} --policies /c --default Deny --no-loopback"));
         assert_eq!(stronger.policies, [Path::new("/c")]);

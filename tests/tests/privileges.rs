@@ -105,7 +105,7 @@ fn fails_running(kept: CapabilitySet) -> Vec<&'static str> {
     let spare = Trie::create(1, NO_PREALLOC).unwrap();
     let (bpffs, other, policies) = (Bpffs::new().unwrap(), Other::new(), tempfile::tempdir().unwrap());
     let pin = bpffs.path().join("private/pin");
-    drop(PinDirectory::claim(pin.parent().unwrap(), |_| None).unwrap());
+    drop(PinDirectory::claim(pin.parent().unwrap()).unwrap());
     ebpf.map(map::META).unwrap().pin(&pin).unwrap();
     let file = policies.path().join("policy.yaml");
     fs::write(&file, "").unwrap();
