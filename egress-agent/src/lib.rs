@@ -16,6 +16,7 @@ pub mod policy;
 pub mod prefix;
 mod report;
 pub mod resolv;
+pub mod resolver;
 pub mod ruleset;
 pub mod run;
 mod source;
