@@ -1,6 +1,9 @@
 //! The command line.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -105,6 +108,15 @@ pub struct RunArgs {
     /// Most kernel memory that rules may take; a policy that needs more is refused.
     #[arg(long, value_name = "MB", env = "EGRESS_MEMORY_LIMIT", default_value_t = 1024)]
     pub memory_limit: u64,
+    /// Who resolves the host names of policies; by default the servers of /etc/resolv.conf. The hosts file comes first.
+    #[arg(long, value_name = "IP[:PORT]", env = "EGRESS_RESOLVER", value_delimiter = ',', value_parser = server)]
+    pub resolver: Vec<SocketAddr>,
+    /// How long a start waits for the addresses of names; what comes later is put in force when it comes.
+    #[arg(long, value_name = "SECONDS", env = "EGRESS_RESOLVE_WAIT", default_value_t = 5)]
+    pub resolve_wait: u64,
+    /// How long an address stays open after it left the answer for its name.
+    #[arg(long, value_name = "SECONDS", env = "EGRESS_NAME_GRACE", default_value_t = 300)]
+    pub name_grace: u64,
     /// Start even if everything on the host would be refused.
     #[arg(long, env = "EGRESS_FORCE")]
     pub force: bool,
@@ -288,6 +300,11 @@ impl From<Proto> for L4 {
             Proto::Udp => Self::Udp,
         }
     }
+}
+
+fn server(text: &str) -> Result<SocketAddr, String> {
+    let of_ip = || text.parse::<IpAddr>().map(|address| SocketAddr::new(address, 53));
+    text.parse().or_else(|_| of_ip()).map_err(|_| format!("{text:?} is not an IP address, nor one with a port"))
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

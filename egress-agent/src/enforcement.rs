@@ -93,11 +93,6 @@ impl Enforcement {
         Ok(())
     }
 
-    /// The policies in force.
-    pub(crate) fn selector(&self) -> &Selector {
-        &self.selector
-    }
-
     /// Puts other policies in force. If that fails, those before stay.
     pub(crate) fn adopt(&mut self, selector: Selector) -> Result<Applied, RunError> {
         let before = std::mem::replace(&mut self.selector, selector);

@@ -3,10 +3,12 @@
 //! Fields are only ever added to the shape; what is not known is absent.
 
 use std::{
+    collections::HashMap,
     fmt, fs,
     net::IpAddr,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::{Arc, PoisonError, RwLock},
     time::{Duration, SystemTime},
 };
 
@@ -16,6 +18,7 @@ use serde::Serialize;
 
 use crate::{
     cgroup::{self, CgroupPaths},
+    compile::Names,
     dataplane::RuleNames,
     policy::RuleName,
 };
@@ -62,6 +65,30 @@ pub struct Destination {
     pub address: IpAddr,
     /// TCP or UDP port.
     pub port: u16,
+    /// A name of the policies that has this address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+}
+
+/// The names of the policies by address, for those who tell of denials. All copies are one.
+#[derive(Debug, Clone, Default)]
+pub struct HostNames(Arc<RwLock<HashMap<IpAddr, String>>>);
+
+impl HostNames {
+    /// From now on these. Of several names of an address, the first is told.
+    pub fn set(&self, names: &Names) {
+        let mut by_address = HashMap::new();
+        for (name, addresses) in &names.0 {
+            for &address in addresses {
+                by_address.entry(address).or_insert_with(|| name.clone());
+            }
+        }
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = by_address;
+    }
+
+    fn get(&self, address: IpAddr) -> Option<String> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&address).cloned()
+    }
 }
 
 /// The process that acted.
@@ -101,20 +128,22 @@ pub struct Cgroup {
 pub struct Enricher {
     paths: CgroupPaths,
     rules: RuleNames,
+    hosts: HostNames,
     /// `/proc` shows the ids that the kernel reports.
     sees_all: bool,
 }
 
 impl Enricher {
-    /// Names rules by `rules` and cgroups by `paths`.
-    pub fn new(paths: CgroupPaths, rules: RuleNames) -> Self {
-        Self { paths, rules, sees_all: is_initial_pid_namespace() }
+    /// Names rules by `rules`, cgroups by `paths` and addresses by `hosts`.
+    pub fn new(paths: CgroupPaths, rules: RuleNames, hosts: HostNames) -> Self {
+        Self { paths, rules, hosts, sees_all: is_initial_pid_namespace() }
     }
 
     /// The full story of a record; `None` if it is of another version and cannot be understood.
     pub fn connection(&mut self, event: &Event) -> Option<Connection> {
         let (hook, decision) = (event.hook().ok()?, event.decision().ok()?);
         let process = *event.process();
+        let address = event.address().to_ip();
         let pid = self.sees_all.then_some(process.pid);
         let path = self.paths.path(process.cgroup_id, pid).map(PathBuf::from);
         Some(Connection {
@@ -126,7 +155,7 @@ impl Enricher {
             hook: hook.as_str(),
             errno: errno(decision.verdict),
             count: 1,
-            destination: Destination { address: event.address().to_ip(), port: event.port() },
+            destination: Destination { address, port: event.port(), host: self.hosts.get(address) },
             unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
             container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
             process: describe(&process, event.time(), self.sees_all),
@@ -242,6 +271,9 @@ impl fmt::Display for Connection {
         let address = std::net::SocketAddr::new(self.destination.address, self.destination.port);
         let verdict = self.verdict.to_uppercase();
         write!(f, "{} {verdict} {} {address} reason={}", self.time, self.protocol, self.reason)?;
+        if let Some(host) = &self.destination.host {
+            write!(f, " host={host}")?;
+        }
         if let Some(rule) = &self.rule {
             write!(f, " rule={:?}", rule.to_string())?;
         }

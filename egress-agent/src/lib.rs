@@ -19,6 +19,7 @@ pub mod prefix;
 pub mod privileges;
 mod report;
 pub mod resolv;
+pub mod resolver;
 pub mod ruleset;
 pub mod run;
 pub mod scopes;

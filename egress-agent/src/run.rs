@@ -6,6 +6,7 @@
 use std::{
     io::{self, IsTerminal},
     path::{Path, PathBuf},
+    pin::pin,
     time::{Duration, SystemTime},
 };
 
@@ -27,12 +28,12 @@ use crate::{
     control::{self, Asked, Control, Request},
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, pinned},
     enforcement::{Enforcement, LOOK_AFTER, Target},
-    events::Enricher,
+    events::{Enricher, HostNames},
     pins::{PinDirectory, PinError},
     policy::load::{LoadError, LoadOptions},
     privileges::{self, CapabilitySet, FOREIGN_FILES},
     report::Reporter,
-    scopes::Selector,
+    resolver::{self, Resolver, ResolverError},
     source::{Policy, Source, SourceOptions},
     status::{self, FromAgent, Wildcard},
     workload::names_root,
@@ -73,6 +74,9 @@ pub enum RunError {
     /// The kernel cannot be brought to enforce.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
+    /// Names cannot be resolved at all.
+    #[error(transparent)]
+    Resolver(#[from] ResolverError),
     /// The policy is too large to be compiled.
     #[error(transparent)]
     Compile(#[from] CompileError),
@@ -96,7 +100,7 @@ impl RunError {
             | Self::OwnCgroup { .. }
             | Self::NeedsForce => 2,
             Self::Pins(PinError::Claimed { .. }) => 5,
-            Self::Cgroup(_) | Self::Dataplane(_) | Self::Pins(_) | Self::System { .. } => 4,
+            Self::Cgroup(_) | Self::Dataplane(_) | Self::Resolver(_) | Self::Pins(_) | Self::System { .. } => 4,
         }
     }
 }
@@ -109,6 +113,8 @@ pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
 const DEBOUNCE: Duration = Duration::from_millis(100);
 /// How soon a policy that could not be read is tried again without any change being noticed.
 const RETRY: Duration = Duration::from_secs(5);
+/// How long a reload waits for the addresses of new names; what comes later is put in force when it comes.
+const RELOAD_WAIT: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
@@ -123,7 +129,13 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let pins = PinDirectory::claim(&args.pin_dir)?;
     let limit = args.memory_limit.saturating_mul(1_000_000);
     let dataplane = Dataplane::prepare(object, kernel_log(log), pins.begin()?, limit)?;
-    let selector = source.selector(&policy, Names::default());
+    let mut resolver = Resolver::new(resolver_settings(args))?;
+    resolver.want(policy.names.clone());
+    resolver.first_answers(Duration::from_secs(args.resolve_wait)).await;
+    let names = resolver.names();
+    let hosts = HostNames::default();
+    hosts.set(&names);
+    let selector = source.selector(&policy, names);
     let (mut enforcement, applied) = Enforcement::new(target, dataplane, selector)?;
     // Before there is something to undo, a signal simply ends the process.
     let mut signals = Signals::new()?;
@@ -133,12 +145,13 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let foreign = if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() };
     privileges::keep_only(privileges::RUNNING | foreign);
     let backlog = retire(&pins, enforcement.dataplane.pins().path());
-    let reporter = start_reports(&mut enforcement.dataplane, mount, args.output, backlog)?;
+    let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
+    let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
     announce(&applied, &policy, &enforcement.cgroup.path);
     let control = listen(args);
-    let state =
-        State { source, enforcement, policy, rules: applied.rules, last_error: None, started: SystemTime::now() };
-    let enforcement = follow(state, control, &mut signals).await?;
+    let (last_error, started) = (None, SystemTime::now());
+    let state = State { source, enforcement, policy, hosts, rules: applied.rules, last_error, started };
+    let enforcement = follow(state, resolver, control, &mut signals).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
         if let Some(enforcement) = enforcement {
@@ -160,6 +173,14 @@ fn options(args: &RunArgs) -> SourceOptions {
         load: LoadOptions { require_root_owned: !args.allow_writable_policies, follow: true },
         node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
         unknown: args.unknown_workloads,
+    }
+}
+
+fn resolver_settings(args: &RunArgs) -> resolver::Settings {
+    resolver::Settings {
+        servers: args.resolver.clone(),
+        grace: Duration::from_secs(args.name_grace),
+        ..resolver::Settings::default()
     }
 }
 
@@ -206,11 +227,10 @@ fn retire(pins: &PinDirectory, own: &Path) -> Vec<Event> {
 
 fn start_reports(
     dataplane: &mut Dataplane,
-    mount: PathBuf,
+    enricher: Enricher,
     output: Option<Output>,
     backlog: Vec<Event>,
 ) -> Result<Reporter, RunError> {
-    let enricher = Enricher::new(CgroupPaths::new(mount), dataplane.rule_names());
     let output = output.unwrap_or(if io::stdout().is_terminal() { Output::Text } else { Output::Json });
     let (events, log) = (dataplane.take_events()?, dataplane.take_log());
     Reporter::start(events, log, enricher, output, backlog).map_err(system("cannot start to report denials"))
@@ -245,6 +265,8 @@ struct State {
     source: Source,
     enforcement: Enforcement,
     policy: Policy,
+    /// For those who tell of denials.
+    hosts: HostNames,
     rules: usize,
     /// Why the policy that was read last is not in force.
     last_error: Option<String>,
@@ -254,6 +276,7 @@ struct State {
 /// Follows the files and the cgroups until a signal ends it. `None` if it ended while a policy was being put in force.
 async fn follow(
     mut state: State,
+    mut resolver: Resolver,
     mut control: Option<Control>,
     signals: &mut Signals,
 ) -> Result<Option<Enforcement>, RunError> {
@@ -263,12 +286,13 @@ async fn follow(
     let mut lost = 0;
     let mut waiting: Vec<oneshot::Sender<String>> = Vec::new();
     loop {
-        let mut look_again = false;
+        let mut again = None;
         tokio::select! {
             _ = signals.terminate.recv() => return Ok(Some(state.enforcement)),
             _ = signals.interrupt.recv() => return Ok(Some(state.enforcement)),
-            _ = signals.hangup.recv() => look_again = true,
-            () = at(due) => look_again = true,
+            _ = signals.hangup.recv() => again = Some(Again::Files),
+            () = at(due) => again = Some(Again::Files),
+            () = resolver.changed() => again = Some(Again::Names),
             () = watchdog.tick() => {}
             _ = pulse.tick() => {
                 state.enforcement.look_after();
@@ -284,17 +308,19 @@ async fn follow(
                 due = Some(due.map_or(soon, |due: Instant| due.min(soon)));
             }
             Asked { request, answer } = next(&mut control) => match request {
-                Request::Status => drop(answer.send(state.tell())),
+                Request::Status => drop(answer.send(state.tell(&resolver))),
                 Request::Reload => {
                     waiting.push(answer);
-                    look_again = true;
+                    again = Some(Again::Files);
                 }
             },
         }
-        if look_again {
-            let Some((returned, retry)) = reload(state, &mut watchdog, signals).await? else { return Ok(None) };
+        if let Some(again) = again {
+            let apply = apply_again(again, state, &mut resolver);
+            let Some(applied) = undisturbed(apply, &mut watchdog, signals).await else { return Ok(None) };
+            let (returned, retry) = applied?;
             state = returned;
-            due = retry.map(|delay| Instant::now() + delay);
+            due = retry.map_or(due.filter(|_| again == Again::Names), |delay| Some(Instant::now() + delay));
             for answer in waiting.drain(..) {
                 // Whoever asked may be gone.
                 let _ = answer.send(state.tell_reload());
@@ -310,43 +336,98 @@ async fn next(control: &mut Option<Control>) -> Asked {
     }
 }
 
-/// Reads the policy again on a thread of its own, since a large one takes its time; the watchdog and the signals are
-/// answered meanwhile. `None` if the agent is asked to stop.
-async fn reload(
-    mut state: State,
-    watchdog: &mut Watchdog,
-    signals: &mut Signals,
-) -> Result<Option<(State, Option<Duration>)>, RunError> {
-    let mut work = spawn_blocking(move || {
-        let retry = state.reload();
-        (state, retry)
-    });
+/// What is looked at again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Again {
+    /// The policy files.
+    Files,
+    /// The addresses of names alone.
+    Names,
+}
+
+/// Works while the watchdog and the signals are answered. `None` if the agent is asked to stop.
+async fn undisturbed<T>(work: impl Future<Output = T>, watchdog: &mut Watchdog, signals: &mut Signals) -> Option<T> {
+    let mut work = pin!(work);
     loop {
         tokio::select! {
-            _ = signals.terminate.recv() => return Ok(None),
-            _ = signals.interrupt.recv() => return Ok(None),
+            _ = signals.terminate.recv() => return None,
+            _ = signals.interrupt.recv() => return None,
             () = watchdog.tick() => {}
-            done = &mut work => {
-                return done.map(Some).map_err(|error| system("the policy could not be read")(error.into()));
-            }
+            done = &mut work => return Some(done),
         }
     }
 }
 
-impl State {
-    /// Reads the policy again and puts it in force if it says something else. An error leaves the old one, and is tried
-    /// again after the time that is returned.
-    fn reload(&mut self) -> Option<Duration> {
-        if let Ok(now) = NotifyState::monotonic_usec_now() {
-            notify(&[NotifyState::Reloading, now]);
+/// Looks again and puts in force what says something else; the work is done on threads of its own, since a large policy
+/// takes its time. An error leaves what was in force, and is tried again after the time that is returned.
+async fn apply_again(
+    again: Again,
+    state: State,
+    resolver: &mut Resolver,
+) -> Result<(State, Option<Duration>), RunError> {
+    if let Ok(now) = NotifyState::monotonic_usec_now() {
+        notify(&[NotifyState::Reloading, now]);
+    }
+    let (state, policy) = match again {
+        Again::Files => on_a_thread(state, |state| state.source.read()).await?,
+        Again::Names => {
+            let policy = state.policy.clone();
+            (state, Ok(policy))
         }
-        let result = self.read_and_apply();
+    };
+    let (mut state, result) = match policy {
+        Ok(policy) => {
+            if again == Again::Files {
+                resolver.reread_system();
+                resolver.want(policy.names.clone());
+                resolver.first_answers(RELOAD_WAIT).await;
+            }
+            let names = resolver.names();
+            on_a_thread(state, move |state| state.put_in_force(policy, names)).await?
+        }
+        Err(error) => (state, Err(error)),
+    };
+    if again == Again::Files && result.is_ok() {
+        state.last_error = None;
+    }
+    let retry = state.conclude(result);
+    Ok((state, retry))
+}
+
+/// Works on a thread where it may take its time.
+async fn on_a_thread<T: Send + 'static>(
+    mut state: State,
+    work: impl FnOnce(&mut State) -> T + Send + 'static,
+) -> Result<(State, T), RunError> {
+    let work = spawn_blocking(move || {
+        let result = work(&mut state);
+        (state, result)
+    });
+    work.await.map_err(|error| system("the policy could not be read")(error.into()))
+}
+
+impl State {
+    fn put_in_force(&mut self, policy: Policy, names: Names) -> Result<(), RunError> {
+        let hosts = names.clone();
+        let applied = self.enforcement.adopt(self.source.selector(&policy, names))?;
+        self.hosts.set(&hosts);
+        let Applied { generation, is_changed, scopes, rules, prefixes, segments } = applied;
+        self.policy = policy;
+        self.rules = rules;
+        if is_changed {
+            let documents = self.policy.documents;
+            tracing::info!(generation, documents, rules, scopes, prefixes, segments, "policy applied");
+        } else {
+            tracing::info!(generation, "policy unchanged");
+        }
+        Ok(())
+    }
+
+    /// Tells how it went, and when it is to be tried again.
+    fn conclude(&mut self, result: Result<(), RunError>) -> Option<Duration> {
         let generation = self.enforcement.dataplane.meta().generation();
         let (status, retry) = match &result {
-            Ok(()) => {
-                self.last_error = None;
-                (format!("generation {generation}"), None)
-            }
+            Ok(()) => (format!("generation {generation}"), None),
             Err(RunError::Load(error @ LoadError::BeingWritten { .. })) => {
                 tracing::info!(generation, "{error}");
                 (format!("generation {generation}"), Some(RETRY))
@@ -363,28 +444,8 @@ impl State {
         retry
     }
 
-    fn read_and_apply(&mut self) -> Result<(), RunError> {
-        let policy = self.source.read()?;
-        let selector = self.source.selector(&policy, Names::default());
-        self.put_in_force(policy, selector)
-    }
-
-    fn put_in_force(&mut self, policy: Policy, selector: Selector) -> Result<(), RunError> {
-        let applied = self.enforcement.adopt(selector)?;
-        let Applied { generation, is_changed, scopes, rules, prefixes, segments } = applied;
-        self.policy = policy;
-        self.rules = rules;
-        if is_changed {
-            let documents = self.policy.documents;
-            tracing::info!(generation, documents, rules, scopes, prefixes, segments, "policy applied");
-        } else {
-            tracing::info!(generation, "policy unchanged");
-        }
-        Ok(())
-    }
-
     /// The answer to [`Request::Status`].
-    fn tell(&self) -> String {
+    fn tell(&self, resolver: &Resolver) -> String {
         let wildcards = self.policy.wildcards.iter().cloned().map(|(host, document)| Wildcard { host, document });
         let told = FromAgent {
             since: status::time(self.started),
@@ -393,7 +454,7 @@ impl State {
             last_error: self.last_error.clone(),
             attached: self.enforcement.is_attached(),
             scopes: self.enforcement.scopes(),
-            names: status::Names { wildcards: wildcards.collect(), resolved: Vec::new() },
+            names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report() },
         };
         serde_json::to_string(&told).unwrap_or_default()
     }

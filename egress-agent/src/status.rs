@@ -14,6 +14,7 @@ use crate::{
     control::{self, Request},
     dataplane::pinned::{self, MapUse},
     pins::{self, PinError},
+    resolver::NameReport,
     run::chain,
 };
 
@@ -123,7 +124,7 @@ pub struct Names {
     /// Wildcards, which cannot be resolved and open nothing.
     pub wildcards: Vec<Wildcard>,
     /// Names that are resolved.
-    pub resolved: Vec<serde_json::Value>,
+    pub resolved: Vec<NameReport>,
 }
 
 /// A pattern that cannot be resolved.

@@ -1,5 +1,5 @@
-//! What the tests and the demo stand on: cgroups, network namespaces, the agent as a process, a database server, and a
-//! slow, obvious reference for the decision.
+//! What the tests and the demo stand on: cgroups, network namespaces, the agent as a process, a database server, a
+//! DNS server, and a slow, obvious reference for the decision.
 //!
 //! Nothing here is mocked. Everything that is created has a name of its own and is removed when its value is dropped,
 //! also when a test fails. No packet leaves the machine: traffic stays in network namespaces made here.
@@ -11,6 +11,7 @@ pub mod agent;
 pub mod bpffs;
 pub mod cgroup;
 pub mod dial;
+pub mod dnsmasq;
 pub mod foreign;
 pub mod fuzz_targets;
 pub mod generate;

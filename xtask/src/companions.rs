@@ -1,5 +1,5 @@
-//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, and iproute2 where the
-//! system has none.
+//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, a DNS server, and iproute2
+//! where the system has none.
 //!
 //! Each is unpacked below `target/companions` and called through a script that knows where its libraries are. Starting and stopping them is
 //! up to the tests.
@@ -39,6 +39,14 @@ const MARIADB: Companion = Companion {
     ],
 };
 
+/// Reads no configuration but what its command line names.
+const DNSMASQ: Companion = Companion {
+    name: "dnsmasq",
+    recipe: "dnsmasq 1",
+    packages: &["dnsmasq-base"],
+    scripts: &[("bin/dnsmasq", "exec \"$root/usr/sbin/dnsmasq\" --conf-file=/dev/null --user=\"$(id -un)\" \"$@\"")],
+};
+
 const IPROUTE2: Companion = Companion {
     name: "iproute2",
     recipe: "iproute2 1",
@@ -61,7 +69,9 @@ struct Companion {
 pub fn ensure(workspace: &Workspace) -> Result<Environment> {
     let _lock = step::lock(workspace)?;
     let directory = workspace.target("companions");
-    MARIADB.ensure(workspace, &directory)?;
+    for companion in [MARIADB, DNSMASQ] {
+        companion.ensure(workspace, &directory)?;
+    }
     let mut environment =
         vec![("EGRESS_AGENT", workspace.agent().into()), ("EGRESS_COMPANIONS", directory.clone().into())];
     if process::find("ip").is_none() {
