@@ -296,14 +296,3 @@ fn changes_that_come_together_are_applied_together() {
     let line = world.agent.wait_for("policy applied generation=2 ").unwrap();
     assert!(line.contains("documents=21"), "{line}");
 }
-
-#[test]
-fn the_end_of_the_agent_is_the_end_of_the_filter() {
-    for signal in [Signal::TERM, Signal::INT] {
-        let mut world = World::with_one_file();
-        assert!(!world.is_open(TWO));
-        world.agent.signal(signal).unwrap();
-        assert_eq!(world.agent.exit_status().unwrap().code(), Some(0));
-        assert!(world.is_open(TWO));
-    }
-}
