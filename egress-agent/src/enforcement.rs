@@ -30,6 +30,8 @@ pub(crate) struct Enforcement {
     /// As it was when it was attached last.
     pub(crate) cgroup: Cgroup,
     is_attached: bool,
+    /// Whether the pins were there when they were looked for last.
+    is_pinned: bool,
     /// Where its going and coming is noticed.
     watch: Watch,
     hierarchy: Hierarchy,
@@ -79,9 +81,9 @@ impl Enforcement {
         let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
         let directory = mount.join(cgroup.path.strip_prefix("/").unwrap_or(&cgroup.path));
         watch.set(watched(&[directory])).map_err(system(CANNOT_WATCH))?;
-        let (is_attached, layout) = (false, Layout::default());
+        let (is_attached, is_pinned, layout) = (false, true, Layout::default());
         let mut enforcement =
-            Self { given, mount, cgroup, is_attached, watch, hierarchy, agent, selector, layout, dataplane };
+            Self { given, mount, cgroup, is_attached, is_pinned, watch, hierarchy, agent, selector, layout, dataplane };
         let applied = enforcement.place(Change::Policy)?;
         Ok((enforcement, applied))
     }
@@ -150,6 +152,7 @@ impl Enforcement {
 
     /// Forgets cgroups that went, and attaches again where the cgroup was made anew.
     pub(crate) fn look_after(&mut self) {
+        self.look_for_pins();
         if self.dataplane.is_untidy()
             && let Err(error) = self.apply(Change::Tidy)
         {
@@ -172,6 +175,15 @@ impl Enforcement {
         }
     }
 
+    /// Without pins, the agent's own descriptors keep everything in force.
+    fn look_for_pins(&mut self) {
+        let pins = self.dataplane.pins();
+        if self.is_pinned && !pins.is_there() {
+            tracing::error!(pins = %pins.path().display(), "the pins are gone: what is in force ends with this agent");
+        }
+        self.is_pinned = pins.is_there();
+    }
+
     /// The cgroup has another id, so it is placed before it is attached.
     fn attach_anew(&mut self, found: Cgroup) -> Result<(), RunError> {
         self.cgroup = found;
@@ -184,6 +196,11 @@ impl Enforcement {
     /// Whether the programs are on the cgroup.
     pub(crate) const fn is_attached(&self) -> bool {
         self.is_attached
+    }
+
+    /// Whether what is in force outlives the agent.
+    pub(crate) const fn is_pinned(&self) -> bool {
+        self.is_pinned
     }
 
     /// The scopes in force, for `status`.

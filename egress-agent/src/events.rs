@@ -201,7 +201,7 @@ fn wall_time(since_boot: u64) -> SystemTime {
         .unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-fn boot_clock() -> Duration {
+pub(crate) fn boot_clock() -> Duration {
     clock_gettime(ClockId::Boottime).try_into().unwrap_or_default()
 }
 

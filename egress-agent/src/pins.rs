@@ -127,9 +127,13 @@ impl PinDirectory {
 
 /// Whoever can open the directory can lock it, and keep an agent from starting.
 fn open_private(path: &Path) -> Result<File, PinError> {
+    let is_private = |meta: fs::Metadata| meta.uid() == 0 && meta.mode() & 0o077 == 0;
+    // That of another user cannot even be opened without `CAP_DAC_OVERRIDE`, so this is asked first, and last.
+    if path.metadata().is_ok_and(|meta| !is_private(meta)) {
+        return Err(PinError::NotPrivate(path.to_owned()));
+    }
     let directory = File::open(path).map_err(failed("open pin directory", path))?;
-    let meta = directory.metadata().map_err(failed("look at", path))?;
-    if meta.uid() != 0 || meta.mode() & 0o077 != 0 {
+    if !is_private(directory.metadata().map_err(failed("look at", path))?) {
         return Err(PinError::NotPrivate(path.to_owned()));
     }
     Ok(directory)
@@ -194,8 +198,15 @@ pub fn sets(path: &Path) -> Result<Vec<PathBuf>, PinError> {
     directories(path, "set-")
 }
 
-/// The directories of a kind, in the order of their numbers.
+/// The directories of a kind, in the order of their numbers. What has such a name and is no directory is not ours.
 fn directories(path: &Path, kind: &str) -> Result<Vec<PathBuf>, PinError> {
+    let mut paths = numbered(path, kind)?;
+    paths.retain(|path| path.symlink_metadata().is_ok_and(|meta| meta.is_dir()));
+    Ok(paths)
+}
+
+/// Whatever is named as those of a kind, in the order of the numbers.
+fn numbered(path: &Path, kind: &str) -> Result<Vec<PathBuf>, PinError> {
     let entries = match fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(failed("list", path))?,
@@ -227,6 +238,11 @@ impl PinSet {
         &self.path
     }
 
+    /// Whether it is there: file systems can be unmounted.
+    pub fn is_there(&self) -> bool {
+        self.path.is_dir()
+    }
+
     /// Pins a map under its name.
     pub fn pin_map(&mut self, name: &str, map: &Map) -> Result<(), PinError> {
         let path = self.path.join(name);
@@ -246,7 +262,7 @@ impl PinSet {
 
     /// The set is complete and outlives the agent.
     pub fn commit(&mut self) -> Result<(), PinError> {
-        let newest = sets(&self.directory)?.last().and_then(|path| number(path, "set-")).unwrap_or(0);
+        let newest = numbered(&self.directory, "set-")?.last().and_then(|path| number(path, "set-")).unwrap_or(0);
         let path = self.directory.join(format!("set-{}", newest + 1));
         fs::rename(&self.path, &path).map_err(failed("rename", &self.path))?;
         self.path = path;

@@ -20,7 +20,7 @@ use zerocopy::FromBytes;
 
 use crate::{
     cli::Output,
-    events::{Connection, Enricher},
+    events::{Connection, Enricher, boot_clock},
 };
 
 /// The programs' own log.
@@ -33,6 +33,9 @@ pub struct Reporter {
     /// Closed to tell the thread to finish.
     stop: OwnedFd,
 }
+
+/// Events between two looks at whether to stop.
+const BATCH: u32 = 1024;
 
 /// How long [`Reporter::finish`] waits for a reader of stdout that does not read.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -65,7 +68,7 @@ impl Reporter {
             thread::sleep(Duration::from_millis(5));
         }
         if !self.thread.is_finished() {
-            tracing::warn!("nobody reads stdout: the last denials are not reported");
+            tracing::warn!("stdout is read too slowly: the last denials are not reported");
         }
     }
 }
@@ -86,7 +89,17 @@ impl Source {
     fn run(&mut self, stopped: &OwnedFd) {
         loop {
             let stop = self.wait(stopped);
-            self.drain();
+            if stop {
+                // What is made later waits for the next agent, or for nobody: there may be no end of it.
+                let now = u64::try_from(boot_clock().as_nanos()).unwrap_or(u64::MAX);
+                self.drain(|time| time > now);
+            } else {
+                let mut count = 0;
+                self.drain(|_| {
+                    count += 1;
+                    count == BATCH
+                });
+            }
             if stop || self.closed {
                 return;
             }
@@ -109,13 +122,17 @@ impl Source {
         }
     }
 
-    fn drain(&mut self) {
+    /// Reports what is there, up to an event of whose time `is_last` says so.
+    fn drain(&mut self, mut is_last: impl FnMut(u64) -> bool) {
         if let Some(log) = &mut self.log {
             log.flush();
         }
         let before = self.lost;
         while let Some(event) = self.events.next().map(|record| Event::read_from_bytes(&record).ok()) {
             self.report(event);
+            if event.is_some_and(|event| is_last(event.time())) {
+                break;
+            }
         }
         if self.lost > before {
             tracing::error!(lost = self.lost, "denials could not be written to stdout");

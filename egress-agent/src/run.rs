@@ -462,6 +462,7 @@ impl State {
             rules: self.rules,
             last_error: self.last_error.clone(),
             attached: self.enforcement.is_attached(),
+            pinned: self.enforcement.is_pinned(),
             scopes: self.enforcement.scopes(),
             names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report() },
         };

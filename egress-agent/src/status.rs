@@ -149,6 +149,8 @@ pub struct FromAgent {
     pub last_error: Option<String>,
     /// Whether the programs are on the cgroup.
     pub attached: bool,
+    /// Whether what is in force outlives the agent.
+    pub pinned: bool,
     /// Distinct sets of policies.
     pub scopes: Vec<Scope>,
     /// Names of the policies.
@@ -160,10 +162,11 @@ impl Status {
     pub fn read(pin_directory: &Path, run_directory: &Path) -> Result<Self, PinError> {
         let is_there = pins::is_on_bpffs(pin_directory)? && pin_directory.is_dir();
         let sets = if is_there { pins::sets(pin_directory)? } else { Vec::new() };
-        let running = is_there && pins::is_claimed(pin_directory);
-        let mut status = Self::of_set(sets.last(), running);
-        if running {
-            let asked = control::ask::<FromAgent>(&control::socket(run_directory, pin_directory), Request::Status);
+        let ask = || control::ask::<FromAgent>(&control::socket(run_directory, pin_directory), Request::Status);
+        // An agent whose pins are gone has no claim on anything, and still enforces.
+        let asked = if is_there { pins::is_claimed(pin_directory).then(ask) } else { ask().ok().map(Ok) };
+        let mut status = Self::of_set(sets.last(), asked.is_some());
+        if let Some(asked) = asked {
             status.complete(asked);
         } else if status.enforcing {
             status.degraded.push("no agent runs: the rules stay as they are, and nothing is reported".to_owned());
@@ -247,7 +250,7 @@ impl Status {
             Ok(from_agent) => from_agent,
             Err(error) => return self.degraded.push(format!("the agent does not answer: {error}")),
         };
-        let FromAgent { since, documents, rules, last_error, attached, scopes, names } = from_agent;
+        let FromAgent { since, documents, rules, last_error, attached, pinned, scopes, names } = from_agent;
         self.agent.since = Some(since);
         if let Some(policy) = &mut self.policy {
             (policy.documents, policy.rules) = (Some(documents), Some(rules));
@@ -256,6 +259,11 @@ impl Status {
         self.degraded.extend(last_error.map(|error| format!("the last good policy stays in force: {error}")));
         if !attached {
             self.degraded.push("the cgroup is gone; it is filtered again when it is back".to_owned());
+        }
+        if !pinned {
+            // Where it is attached, only the agent can tell.
+            self.enforcing = attached;
+            self.degraded.push("the pins are gone: what is in force ends with the agent".to_owned());
         }
         (self.scopes, self.names) = (scopes, names);
     }

@@ -24,6 +24,8 @@ use crate::cgroup::Cgroup;
 pub enum Hook {
     /// `BPF_CGROUP_INET4_CONNECT`.
     Connect4 = 10,
+    /// `BPF_CGROUP_INET6_CONNECT`.
+    Connect6 = 11,
     /// `BPF_CGROUP_UDP4_SENDMSG`.
     Sendmsg4 = 14,
     /// `BPF_CGROUP_UDP6_SENDMSG`.

@@ -122,8 +122,14 @@ impl Hammer {
     pub fn start(cgroup: &Cgroup, namespace: &Netns, threads: usize, expected: &[Expected]) -> Result<Self> {
         let file = NamedTempFile::with_prefix("egress-hammer-")?;
         file.as_file().set_len(4096)?;
-        let mut command = namespace.command(program("hammer")?, Some(cgroup))?;
-        command.arg(file.path()).arg(threads.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // It takes what those leave that change policies: otherwise there would be few changes.
+        let mut command = namespace.command("nice", Some(cgroup))?;
+        command
+            .arg(program("hammer")?)
+            .arg(file.path())
+            .arg(threads.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut child = command.spawn().context("cannot run hammer")?;
         let mut orders = child.stdin.take().context("stdin is piped")?;
         expected.iter().try_for_each(|expected| writeln!(orders, "{expected}"))?;
@@ -217,7 +223,8 @@ fn call_until(stop: &AtomicBool, shared: &Shared, expected: &[Expected], from: u
         let begun = shared.begun().load(Ordering::SeqCst);
         let policies = expected.is_open.len() as u64;
         let mut in_force = (done..=begun).take(expected.is_open.len());
-        let is_right = in_force.any(|number| expected.is_open[usize::try_from(number % policies).unwrap_or(0)] == is_open);
+        let is_right =
+            in_force.any(|number| expected.is_open[usize::try_from(number % policies).unwrap_or(0)] == is_open);
         tally.calls += 1;
         tally.certain += u64::from(done == begun);
         if !is_right {

@@ -6,9 +6,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 
-use std::{collections::BTreeSet, thread, time::Duration};
+use std::{
+    collections::BTreeSet,
+    thread,
+    time::{Duration, Instant},
+};
 
 use egress_tests::{
+    agent::Agent,
     dial::{Call, Method},
     world::World,
 };
@@ -20,13 +25,16 @@ const NEVER: &str = "203.0.113.9";
 const ROUNDS: u32 = 240;
 /// Worlds side by side: an agent mostly waits.
 const WORLDS: u32 = 4;
-const MOST_DELAY_MICROS: u64 = 40_000;
+/// How long a change of policy takes at most, about; how long a start takes is measured.
+const CHANGE: Duration = Duration::from_millis(40);
 
 /// A cgroup in which agents are killed.
 struct Victim {
     world: World,
     /// Policies that may be in force.
     candidates: BTreeSet<u32>,
+    /// How long the last start took.
+    start: Duration,
     random: Random,
     /// How often the old policy was found in force, the new one, and both.
     found: [u32; 3],
@@ -47,36 +55,47 @@ fn calls(address: &str) -> [Call; 4] {
 impl Victim {
     fn new(seed: u64) -> Self {
         let world = World::opening(&[ALWAYS, &own(0)]).unwrap();
-        world.start(&[]).unwrap().kill().unwrap();
-        Self { world, candidates: BTreeSet::from([0]), random: Random(seed), found: [0; 3] }
+        let mut victim =
+            Self { world, candidates: BTreeSet::from([0]), start: Duration::ZERO, random: Random(seed), found: [0; 3] };
+        victim.start().kill().unwrap();
+        victim
+    }
+
+    fn start(&mut self) -> Agent {
+        let begun = Instant::now();
+        let agent = self.world.start(&[]).unwrap();
+        self.start = begun.elapsed();
+        agent
     }
 
     fn write(&self, round: u32) {
         self.world.open_only(&[ALWAYS, &own(round)]).unwrap();
     }
 
-    fn wait(&mut self) {
-        thread::sleep(Duration::from_micros(self.random.below(MOST_DELAY_MICROS)));
+    fn wait(&mut self, most: Duration) {
+        let most = u64::try_from(most.as_micros()).unwrap();
+        thread::sleep(Duration::from_micros(self.random.below(most)));
     }
 
     /// Kills an agent while it starts with a new policy.
     fn kill_at_start(&mut self, round: u32) {
         self.write(round);
         let agent = self.world.spawn(&[]).unwrap();
-        self.wait();
+        self.wait(self.start * 5 / 4);
         agent.kill().unwrap();
         self.look(round);
     }
 
     /// Kills an agent while it puts a new policy in force. Its start has recovered from whatever was before.
     fn kill_at_change(&mut self, round: u32) {
-        let agent = self.world.start(&[]).unwrap();
+        let agent = self.start();
+        self.candidates.insert(round - 1);
         assert_eq!(self.open(), [round - 1], "a start puts its policy in force, and no other");
         assert_eq!(self.world.place.pinned().len(), 1, "a start leaves one set");
         self.candidates = BTreeSet::from([round - 1]);
         self.write(round);
         agent.signal(Signal::HUP).unwrap();
-        self.wait();
+        self.wait(CHANGE);
         agent.kill().unwrap();
         self.look(round);
         assert_eq!(self.candidates.len(), 1, "of two policies of one agent, one is in force");
@@ -161,12 +180,18 @@ fn whenever_an_agent_is_killed_the_old_or_the_new_policy_is_in_force() {
                 }
             }
             victim.recover(rounds / WORLDS + 1);
+            println!("a start took {:?} at last", victim.start);
             victim.found
         };
         let running: Vec<_> = (0..WORLDS).map(|world| scope.spawn(move || run(world))).collect();
         running.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     let sum = |index: usize| found.iter().map(|found| found[index]).sum::<u32>();
-    println!("{rounds} kills: the old policy in force after {}, the new after {}, both after {}", sum(0), sum(1), sum(2));
+    println!(
+        "{rounds} kills: the old policy in force after {}, the new after {}, both after {}",
+        sum(0),
+        sum(1),
+        sum(2)
+    );
     assert!(sum(0) > 0 && sum(1) > 0, "the delays never reach one side: {found:?}");
 }

@@ -10,6 +10,7 @@ use std::{
     fs,
     path::Path,
     process::Command,
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -54,9 +55,10 @@ const SPECS: [&str; 6] = [
     "allow: [{ to: [{ cidr: 10.0.0.0/8 }], ports: [{ port: 80, endPort: 89, protocol: Any }, { port: 91 }, { port: 93 }] },
        { to: [{ cidr: 192.0.2.1 }] }]\n---\nAudit\ndeny: [{ to: [{ cidr: 0.0.0.0/0 }] }]",
     // Everything but what is never open; both families.
-    "defaultAction: Allow, deny: [{ to: [{ cidr: 203.0.113.0/24 }, { cidr: 2001:db8:3::/48 }] }]",
+    "defaultAction: Allow, deny: [{ to: [{ cidr: 203.0.113.0/24 }, { cidr: 10.9.0.0/16 },
+       { cidr: 2001:db8:3::/48 }] }]",
     // A chain of prefixes, each of which says something else than the one around it.
-    "allow: [{ to: [{ cidr: 10.1.0.0/16, except: [10.1.2.0/24] }, { cidr: 10.1.2.2/31 }, { cidr: 192.0.2.1 }] },
+    "allow: [{ to: [{ cidr: 10.1.0.0/16, except: [10.1.2.0/24] }, { cidr: 10.1.2.2/31 }, { cidr: 10.9.0.0/16 }, { cidr: 192.0.2.1 }] },
        { to: [{ cidr: 2001:db8::/32, except: ['2001:db8:3::/48'] }] }], deny: [{ to: [{ cidr: 10.1.2.2 }] }]",
 ];
 
@@ -90,8 +92,17 @@ fn policies() -> Vec<PolicySet> {
 /// Every destination in every way, with what the documents say of it.
 fn expected(policies: &[PolicySet]) -> Vec<Expected> {
     let addresses = [
-        "10.1.2.3", "10.1.2.2", "10.1.2.9", "10.1.9.9", "10.2.0.1", "10.9.9.9", "192.0.2.1", "192.0.2.2", "203.0.113.9",
-        "2001:db8::1", "2001:db8:3::1",
+        "10.1.2.3",
+        "10.1.2.2",
+        "10.1.2.9",
+        "10.1.9.9",
+        "10.2.0.1",
+        "10.9.9.9",
+        "192.0.2.1",
+        "192.0.2.2",
+        "203.0.113.9",
+        "2001:db8::1",
+        "2001:db8:3::1",
     ];
     let mut expected = Vec::new();
     for address in addresses {
@@ -128,6 +139,12 @@ fn the_destinations_tell_the_policies_apart() {
         assert!(comes > 0 && goes > 0, "from policy {index} to {next}: {comes} come, {goes} go");
     }
 }
+
+/// They need all of the machine.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// How long policies change.
+const TIME: Duration = Duration::from_secs(6);
 
 fn check(what: &str, changes: u64, tally: &Tally) {
     println!("{what}: {changes} changes, {} calls, {} of them under one policy alone", tally.calls, tally.certain);
@@ -179,11 +196,12 @@ impl Filter {
 #[test]
 fn each_answer_is_that_of_the_old_or_the_new_policy() {
     const FILTERS: usize = 16;
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let (bpffs, namespace) = (Bpffs::new().unwrap(), Netns::with_every_address_local().unwrap());
     let expected = expected(&policies());
     let mut filters: Vec<Filter> =
         (0..FILTERS).map(|index| Filter::new(&bpffs.path().join(format!("pins-{index}")))).collect();
-    let end = Instant::now() + Duration::from_secs(12);
+    let end = Instant::now() + TIME;
     let results: Vec<(u64, Tally)> = thread::scope(|scope| {
         let (expected, namespace) = (&expected, &namespace);
         let running: Vec<_> = filters
@@ -238,10 +256,11 @@ fn world() -> (World, Vec<Expected>) {
 
 #[test]
 fn an_agent_that_reloads_gives_the_answers_of_the_old_or_the_new_policy() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let (world, expected) = world();
     let agent = start(&world);
     let hammer = Hammer::start(&world.cgroup, &world.namespace, THREADS, &expected).unwrap();
-    let end = Instant::now() + Duration::from_secs(12);
+    let end = Instant::now() + TIME;
     let mut changes = 0;
     while Instant::now() < end {
         changes += 1;
@@ -257,10 +276,11 @@ fn an_agent_that_reloads_gives_the_answers_of_the_old_or_the_new_policy() {
 
 #[test]
 fn agents_that_come_and_go_give_the_answers_of_the_old_or_the_new_policy() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let (world, expected) = world();
     let mut agent = start(&world);
-    let hammer = Hammer::start(&world.cgroup, &world.namespace, THREADS, &expected).unwrap();
-    let end = Instant::now() + Duration::from_secs(12);
+    let hammer = Hammer::start(&world.cgroup, &world.namespace, THREADS / 4, &expected).unwrap();
+    let end = Instant::now() + TIME;
     let mut changes = 0;
     while Instant::now() < end {
         let signal = if changes % 2 == 0 { Signal::KILL } else { Signal::TERM };
@@ -272,6 +292,6 @@ fn agents_that_come_and_go_give_the_answers_of_the_old_or_the_new_policy() {
         });
     }
     check("restarts", changes, &hammer.finish().unwrap());
-    assert!(changes >= 10, "only {changes} changes");
+    assert!(changes >= 4, "only {changes} changes");
     assert_eq!(world.place.pinned().len(), 1);
 }

@@ -120,7 +120,8 @@ fn a_second_agent_is_refused_with_the_pid_of_the_first() {
     let (code, log) = world.outcome(&[]).unwrap();
     assert_eq!(code, Some(5), "{log}");
     let pins = world.place.pins().display().to_string();
-    let says = |line: &str| line.contains("ERROR") && line.contains(&format!("pid {}", agent.pid())) && line.contains(&pins);
+    let says =
+        |line: &str| line.contains("ERROR") && line.contains(&format!("pid {}", agent.pid())) && line.contains(&pins);
     assert!(log.lines().any(says), "{log}");
     assert_eq!(world.place.pinned(), ["set-1"]);
     // Elsewhere there is room for another, on the same cgroup too.
@@ -187,7 +188,11 @@ fn denials_made_while_no_agent_ran_are_reported_by_the_next_one() {
     // Once its own is there, so are those before it.
     let (_, denials, log) = agent.stop().unwrap();
     assert_eq!(ports(&denials), (2..=100).collect::<Vec<_>>(), "{log:#?}");
-    assert!(denials.iter().all(|denial| denial["process"]["exe"].as_str().unwrap().ends_with("dial")), "{}", denials[0]);
+    assert!(
+        denials.iter().all(|denial| denial["process"]["exe"].as_str().unwrap().ends_with("dial")),
+        "{}",
+        denials[0]
+    );
     // What was reported is not reported again.
     let (_, denials, log) = start().stop().unwrap();
     assert!(denials.is_empty(), "{log:#?}");

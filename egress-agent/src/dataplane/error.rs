@@ -81,6 +81,9 @@ pub enum DataplaneError {
         /// What it may take.
         limit: u64,
     },
+    /// Threads and processes are limited, too.
+    #[error("cannot start a thread to fill maps")]
+    NoThread(#[source] io::Error),
     /// More scopes than the maps have room for.
     #[error("the policies make {found} distinct sets of rules, and there is room for {limit}: merge their selectors")]
     TooManyScopes {

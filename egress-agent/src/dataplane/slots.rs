@@ -55,9 +55,13 @@ impl Slots {
         let share = work.len().div_ceil(self.0.len()).max(1);
         thread::scope(|threads| {
             let shares = self.0.iter_mut().zip(work.chunks(share));
-            let running: Vec<_> =
-                shares.map(|(writer, share)| threads.spawn(move || each(writer, share, call))).collect();
-            running.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            let start =
+                |(writer, share)| thread::Builder::new().spawn_scoped(threads, move || each(writer, share, call));
+            let running: Vec<_> = shares.map(start).collect();
+            running.into_iter().try_for_each(|thread| {
+                let thread = thread.map_err(DataplaneError::NoThread)?;
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+            })
         })
     }
 }
