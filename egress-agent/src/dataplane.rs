@@ -19,7 +19,7 @@ use aya::{
 use egress_common::{Counter, Hook, Meta, Placement, RuleId, Scope, UserKey, map};
 use zerocopy::transmute;
 
-use crate::{cgroup::Cgroup, pins::PinSet, scopes::Layout};
+use crate::{cgroup::Cgroup, pins::PinSet, privileges, scopes::Layout};
 
 mod contents;
 mod error;
@@ -98,7 +98,7 @@ pub fn probe() -> Result<(), DataplaneError> {
     if kernel_version(&release).is_some_and(|version| version < (5, 10)) {
         return Err(DataplaneError::KernelTooOld { found: release });
     }
-    Ok(())
+    if privileges::may_start() { Ok(()) } else { Err(DataplaneError::Privilege) }
 }
 
 pub(crate) fn kernel_version(release: &str) -> Option<(u32, u32)> {

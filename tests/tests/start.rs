@@ -12,7 +12,6 @@ use std::{
 use egress_tests::{
     PATIENCE,
     agent::{Agent, binary},
-    bpffs::Bpffs,
     cgroup::Cgroup,
 };
 use tempfile::TempDir;
@@ -96,8 +95,8 @@ fn two_documents_of_one_name_are_an_error() {
 #[test]
 fn a_field_that_is_not_built_yet_is_refused() {
     let policy = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: p }\n\
-                  spec: { workloads: [{ unit: nginx.service }] }\n";
-    is_invalid(policy, &["spec.workloads", "unit"]);
+                  spec: { workloads: [{ pod: { matchLabels: { app: web } } }] }\n";
+    is_invalid(policy, &["spec.workloads", "pod"]);
 }
 
 #[test]
@@ -109,11 +108,11 @@ fn documents_of_other_kinds_are_skipped_with_a_note() {
 }
 
 #[test]
-fn an_entry_that_names_only_hosts_is_warned_of() {
-    let text = ENTRY.replace("  addresses: [192.0.2.1]\n", "");
+fn a_wildcard_that_cannot_be_resolved_is_warned_of() {
+    let text = ENTRY.replace("  addresses: [192.0.2.1]\n", "").replace("a.example.com", "'*.example.com'");
     let (cgroup, policies) = (Cgroup::new().unwrap(), policies(&text));
     let mut agent = Agent::start(policies.path(), &cgroup, &[]).unwrap();
-    let warns = |line: &String| line.contains("WARN") && line.contains("a.example.com") && line.contains("default/a");
+    let warns = |line: &String| line.contains("WARN") && line.contains("*.example.com") && line.contains("default/a");
     assert!(agent.log().iter().any(warns), "{:#?}", agent.log());
 }
 
@@ -249,34 +248,4 @@ fn the_service_manager_hears_ready_reloading_and_the_generation() {
     }
     assert!(last.contains("READY=1") && last.contains("STATUS=generation 2"), "{last}");
     agent.stop().unwrap();
-}
-
-#[test]
-fn one_agent_has_a_pin_directory_and_the_maps_are_there_while_it_runs() {
-    let (cgroup, policies, bpffs) = (Cgroup::new().unwrap(), policies(ENTRY), Bpffs::new().unwrap());
-    let pins = bpffs.path().join("egress");
-    let option = pins.to_str().unwrap();
-    let agent = Agent::start(policies.path(), &cgroup, &["--pin-dir", option]).unwrap();
-    let names = ["EVENTS", "META", "POLICY", "SEGMENTS", "STATS"].map(std::path::PathBuf::from);
-    assert_eq!(bpffs.pins(&pins).unwrap(), names);
-
-    let mut second = run_command(policies.path(), cgroup.path());
-    second.args(["--pin-dir", option]);
-    ends(second, 5, &[&format!("pid {}", agent.pid()), option]);
-
-    // An agent that is killed leaves its pins; the next one takes the directory over.
-    drop(agent);
-    let agent = Agent::start(policies.path(), &cgroup, &["--pin-dir", option]).unwrap();
-    agent.stop().unwrap();
-    assert!(bpffs.pins(&pins).unwrap().is_empty());
-
-    // Whoever could open the directory could lock it, and keep the agent from starting.
-    fs::set_permissions(&pins, fs::Permissions::from_mode(0o755)).unwrap();
-    let mut open = run_command(policies.path(), cgroup.path());
-    open.args(["--pin-dir", option]);
-    ends(open, 4, &["chmod 700", option]);
-
-    let mut elsewhere = run_command(policies.path(), cgroup.path());
-    elsewhere.arg("--pin-dir").arg(policies.path());
-    ends(elsewhere, 4, &["bpf file system"]);
 }
