@@ -85,6 +85,7 @@ Exit status: 0 asked to stop, 1 policy invalid at start, 2 usage, 4 kernel or pr
 
 Example:
   egress-agent run --policies /etc/egress/policies --cgroup system.slice/ratings.service")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own on the command line")]
 pub struct RunArgs {
     /// A policy file, or a directory of *.yaml, *.yml and *.json files; may be given several times. In the environment,
     /// several are separated by `:`.
@@ -114,6 +115,9 @@ pub struct RunArgs {
     /// How long a start waits for the addresses of names; what comes later is put in force when it comes.
     #[arg(long, value_name = "SECONDS", env = "EGRESS_RESOLVE_WAIT", default_value_t = 5)]
     pub resolve_wait: u64,
+    /// No name is asked for again sooner, however short its answer is good for.
+    #[arg(long, value_name = "SECONDS", env = "EGRESS_NAME_FLOOR", default_value_t = 5)]
+    pub name_floor: u64,
     /// How long an address stays open after it left the answer for its name.
     #[arg(long, value_name = "SECONDS", env = "EGRESS_NAME_GRACE", default_value_t = 300)]
     pub name_grace: u64,

@@ -60,6 +60,8 @@ pub struct Dataplane {
     live: Live,
     /// The number of each scope of the layout in force.
     numbers: Vec<Scope>,
+    /// What is no longer used, and still there.
+    left: Vec<Step>,
     /// The kernel's ids for the rules of each scope.
     ids_of: HashMap<Scope, Vec<RuleId>>,
     rules: RuleIds,
@@ -133,14 +135,17 @@ impl Dataplane {
             written: Meta::new(std::process::id(), env!("CARGO_PKG_VERSION")),
             live: Live::default(),
             numbers: Vec::new(),
+            left: Vec::new(),
             ids_of: HashMap::new(),
             rules: RuleIds::default(),
             memory_limit,
         })
     }
 
-    /// Brings the kernel to hold a layout. If anything fails, what was in force stays in force.
+    /// Brings the kernel to hold a layout. If anything fails, what was in force stays in force. What is no longer used is
+    /// left for [`Dataplane::clean`].
     pub fn apply(&mut self, layout: &Layout, change: Change) -> Result<Applied, DataplaneError> {
+        self.clean();
         let size = self.fits(layout)?;
         let plan = plan(&self.live, layout, change)?;
         let is_changed = plan.live != self.live;
@@ -150,9 +155,7 @@ impl Dataplane {
             return Err(error);
         }
         (self.live, self.numbers) = (plan.live, plan.numbers);
-        for error in plan.cleanup.iter().filter_map(|step| self.make(step).err()) {
-            tracing::warn!(%error, "what is no longer used stays in memory");
-        }
+        self.left = plan.cleanup;
         let live = &self.live;
         self.ids_of.retain(|scope, _| live.scopes.contains_key(scope));
         if change == Change::Policy && is_changed {
@@ -161,6 +164,15 @@ impl Dataplane {
             self.rules.retire(self.ids_of.values().flatten().copied().collect());
         }
         Ok(Applied { generation: self.written.generation(), is_changed, rules: self.rules.in_force(), ..size })
+    }
+
+    /// Removes what the last change left. Takes as long as the kernel's grace period, and nobody waits for it.
+    pub fn clean(&mut self) {
+        for step in std::mem::take(&mut self.left) {
+            if let Err(error) = self.make(&step) {
+                tracing::warn!(%error, "what is no longer used stays in memory");
+            }
+        }
     }
 
     /// What a layout takes, if it may.

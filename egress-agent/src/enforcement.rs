@@ -105,6 +105,11 @@ impl Enforcement {
         applied
     }
 
+    /// Removes what the last change left behind.
+    pub(crate) fn clean(&mut self) {
+        self.dataplane.clean();
+    }
+
     fn look(&mut self) -> Result<(), RunError> {
         let selector = &self.selector;
         self.hierarchy.look(&|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))
@@ -160,7 +165,7 @@ impl Enforcement {
             Ok(found) if self.is_attached && found.id == self.cgroup.id => {}
             Ok(found) => match self.attach_anew(found) {
                 Ok(()) => {
-                    tracing::warn!(cgroup = %self.cgroup.path.display(), "the cgroup was made anew: attached again")
+                    tracing::warn!(cgroup = %self.cgroup.path.display(), "the cgroup was made anew: attached again");
                 }
                 Err(error) => tracing::error!(error = %chain(&error), "cannot attach again: nothing is filtered"),
             },

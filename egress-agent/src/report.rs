@@ -51,7 +51,9 @@ impl Reporter {
         let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
         let mut source = Source { out, events, log, enricher, output, closed: false, lost: 0 };
         let thread = thread::Builder::new().name("report".to_owned()).spawn(move || {
-            backlog.into_iter().for_each(|event| source.report(Some(event)));
+            for event in backlog {
+                source.report(Some(event));
+            }
             source.run(&stopped);
         })?;
         Ok(Self { thread, stop })

@@ -151,7 +151,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let control = listen(args);
     let (last_error, started) = (None, SystemTime::now());
     let state = State { source, enforcement, policy, hosts, rules: applied.rules, last_error, started };
-    let enforcement = follow(state, resolver, control, &mut signals).await?;
+    let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
         if let Some(enforcement) = enforcement {
@@ -179,6 +179,7 @@ fn options(args: &RunArgs) -> SourceOptions {
 fn resolver_settings(args: &RunArgs) -> resolver::Settings {
     resolver::Settings {
         servers: args.resolver.clone(),
+        floor: Duration::from_secs(args.name_floor),
         grace: Duration::from_secs(args.name_grace),
         ..resolver::Settings::default()
     }
@@ -218,7 +219,7 @@ fn retire(pins: &PinDirectory, own: &Path) -> Vec<Event> {
         match retired.and_then(|()| pinned::remove(set)) {
             Ok(()) => tracing::info!(pins = %path, "retired the rules of the agent before"),
             Err(error) => {
-                tracing::error!(error = %chain(&error), pins = %path, "the rules of the agent before stay in force too")
+                tracing::error!(error = %chain(&error), pins = %path, "the rules of the agent before stay in force too");
             }
         }
     }
@@ -390,7 +391,7 @@ async fn apply_again(
     if again == Again::Files && result.is_ok() {
         state.last_error = None;
     }
-    let retry = state.conclude(result);
+    let retry = state.conclude(&result);
     Ok((state, retry))
 }
 
@@ -420,13 +421,14 @@ impl State {
         } else {
             tracing::info!(generation, "policy unchanged");
         }
+        self.enforcement.clean();
         Ok(())
     }
 
     /// Tells how it went, and when it is to be tried again.
-    fn conclude(&mut self, result: Result<(), RunError>) -> Option<Duration> {
+    fn conclude(&mut self, result: &Result<(), RunError>) -> Option<Duration> {
         let generation = self.enforcement.dataplane.meta().generation();
-        let (status, retry) = match &result {
+        let (status, retry) = match result {
             Ok(()) => (format!("generation {generation}"), None),
             Err(RunError::Load(error @ LoadError::BeingWritten { .. })) => {
                 tracing::info!(generation, "{error}");

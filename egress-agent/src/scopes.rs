@@ -99,7 +99,9 @@ impl Layout {
     pub fn hash(&self) -> [u8; 32] {
         let hashes: BTreeSet<[u8; 32]> = self.scopes.iter().map(|scope| scope.hash).collect();
         let mut hasher = Sha256::new();
-        hashes.iter().for_each(|hash| hasher.update(hash));
+        for hash in hashes {
+            hasher.update(hash);
+        }
         hasher.finalize().into()
     }
 }

@@ -84,9 +84,7 @@ impl Agent {
     pub fn spawn(mut command: Command) -> Result<Self> {
         let place = Place::new()?;
         place.tell(&mut command);
-        let mut agent = Self::spawn_in(None, command)?;
-        agent._place = Some(place);
-        Ok(agent)
+        Self::launch(command, Some(place))
     }
 
     /// Starts `run` in a place that outlives it, and waits until its policy is in force.
@@ -101,11 +99,15 @@ impl Agent {
         if let Some(place) = place {
             place.tell(&mut command);
         }
+        Self::launch(command, None)
+    }
+
+    fn launch(mut command: Command, place: Option<Place>) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot run {}", command.get_program().display()))?;
         let log = lines(child.stderr.take().context("stderr is piped")?);
         let denials = lines(child.stdout.take().context("stdout is piped")?);
-        Ok(Self { child, log, seen: Vec::new(), denials, _place: None })
+        Ok(Self { child, log, seen: Vec::new(), denials, _place: place })
     }
 
     /// The agent's process id.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use egress_tests::{
-    agent::{Agent, binary},
+    agent::{Agent, Place, binary, run_command},
     cgroup::Cgroup,
     dial::{Call, Dialer, Method},
     netns::Netns,
@@ -27,9 +27,10 @@ fn call(method: Method) -> Call {
 fn a_reader_that_stalls_delays_no_change_of_policy() {
     let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
     let policies = tempfile::tempdir().unwrap();
-    let mut command = Command::new(binary().unwrap());
-    command.arg("run").arg("--policies").arg(policies.path()).arg("--cgroup").arg(cgroup.path());
-    command.args(["--output", "json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let place = Place::new().unwrap();
+    let mut command = run_command(policies.path(), cgroup.path(), &[]).unwrap();
+    place.tell(&mut command);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut agent = command.spawn().unwrap();
     let (mut stdout, stderr) = (agent.stdout.take().unwrap(), agent.stderr.take().unwrap());
     fcntl_setpipe_size(&stdout, 4096).unwrap();
