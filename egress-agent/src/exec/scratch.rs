@@ -119,15 +119,16 @@ fn sweep_below(base: &Path, mount: &Path) {
             Ok(true) => tracing::info!(pins = %path, "removed what an ended command left behind"),
             Ok(false) => tracing::info!(pins = %path, "processes of an earlier command go on, and so do its rules"),
             Err(error) => {
-                tracing::warn!(error = %chain(&error), pins = %path, "cannot remove what a command left behind")
+                tracing::warn!(error = %chain(&error), pins = %path, "cannot remove what a command left behind");
             }
         }
     }
 }
 
-/// Whether it is gone.
+/// Whether it is gone. What cannot be found although the kernel says that it is there stays.
 fn sweep_one(pins: &Path, mount: &Path, paths: &mut CgroupPaths) -> Result<bool, PinError> {
-    for cgroup in cgroups(pins, mount, paths) {
+    let Some(cgroups) = cgroups(pins, mount, paths) else { return Ok(false) };
+    for cgroup in cgroups {
         if !vanishes(&cgroup, Duration::ZERO).map_err(|cause| failed(&cgroup, cause))? {
             return Ok(false);
         }
@@ -136,34 +137,35 @@ fn sweep_one(pins: &Path, mount: &Path, paths: &mut CgroupPaths) -> Result<bool,
     Ok(true)
 }
 
-/// The cgroups that programs are attached to, as the kernel knows them. Before anything was attached the command was not
-/// started, and the cgroup is found by its name, which others could have given to theirs.
-fn cgroups(pins: &Path, mount: &Path, paths: &mut CgroupPaths) -> Vec<PathBuf> {
+/// The cgroups that programs are attached to, as the kernel knows them; `None` if one is not found. Before anything was
+/// attached the command was not started, and the cgroup is found by its name, which others could have given to theirs.
+fn cgroups(pins: &Path, mount: &Path, paths: &mut CgroupPaths) -> Option<Vec<PathBuf>> {
     let sets = fs::read_dir(pins).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut ids: Vec<u64> = sets.flat_map(|set| pinned::attached(&set)).map(|(_, id)| id).collect();
     ids.dedup();
     if ids.is_empty() {
         let is_it = |path: &PathBuf| path.file_name() == pins.file_name() && is_roots(path).unwrap_or(false);
-        return directories(mount).filter(is_it).collect();
+        return Some(directories(mount).filter(is_it).collect());
     }
     let below = |path: &Path| mount.join(path.strip_prefix("/").unwrap_or(path));
-    // What is not found is gone, and what is attached to it goes with it.
-    ids.into_iter().filter_map(|id| paths.path(id, None).map(below)).collect()
+    ids.into_iter().map(|id| paths.path(id, None).map(below)).collect()
 }
 
 /// Makes a cgroup below this process's own, so that whoever filters that judges the command too; where that cannot be,
 /// below the nearest one above it where it can.
 fn make_cgroup(mount: &Path, name: &str, uid: u32) -> Result<PathBuf, ExecError> {
-    let own = cgroup::own(mount).map(|own| own.path).unwrap_or_else(|| {
+    let unknown = || {
         tracing::warn!("this process's own cgroup is not known: the command's is made below the root");
-        "/".into()
-    });
+        PathBuf::from("/")
+    };
+    let own = cgroup::own(mount).map_or_else(unknown, |own| own.path);
     let above: Vec<PathBuf> = own.strip_prefix("/").unwrap_or(&own).ancestors().map(|path| mount.join(path)).collect();
     let mut failure = None;
     for parent in &above {
-        let made = match keeps(parent, mount, uid) {
-            true => make_below(parent, name),
-            false => Err(io::Error::other("the user of the command may move processes there")),
+        let made = if keeps(parent, mount, uid) {
+            make_below(parent, name)
+        } else {
+            Err(io::Error::other("the user of the command may move processes there"))
         };
         match made {
             Ok(cgroup) => return Ok(cgroup),

@@ -32,9 +32,10 @@ pub(super) fn choose(asked: Option<&str>, sudo: &Sudo) -> Result<Option<RunAs>, 
             None => return Ok(None),
         },
     };
-    match &user.name {
-        Some(name) => tracing::info!("running as {name} (uid {})", user.uid),
-        None => tracing::info!("running as uid {}", user.uid),
+    if let Some(name) = &user.name {
+        tracing::info!("running as {name} (uid {})", user.uid);
+    } else {
+        tracing::info!("running as uid {}", user.uid);
     }
     Ok(Some(user))
 }
