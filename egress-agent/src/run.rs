@@ -23,16 +23,17 @@ use tokio::{
 
 use crate::{
     cgroup::{self, CgroupError, CgroupPaths},
-    cli::{LogLevel, Output, RunArgs},
+    cli::{EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
     compile::{CompileError, Names, NodeAction, NodeDefault},
     control::{self, Asked, Control, Request},
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, pinned},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
+    exec,
     pins::{PinDirectory, PinError},
     policy::load::{LoadError, LoadOptions},
     privileges::{self, CapabilitySet, FOREIGN_FILES},
-    report::Reporter,
+    report::{Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
     source::{Policy, Source, SourceOptions},
     status::{self, FromAgent, Wildcard},
@@ -127,6 +128,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
         warn_of_exempt(&mount, args, &policy)?;
     }
     let pins = PinDirectory::claim(&args.pin_dir)?;
+    exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
     let limit = args.memory_limit.saturating_mul(1_000_000);
     let dataplane = Dataplane::prepare(object, kernel_log(log), pins.begin()?, limit)?;
     let mut resolver = Resolver::new(resolver_settings(args))?;
@@ -198,7 +200,7 @@ fn warn_of_exempt(mount: &Path, args: &RunArgs, policy: &Policy) -> Result<(), R
     Ok(())
 }
 
-const fn kernel_log(log: LogLevel) -> KernelLog {
+pub(crate) const fn kernel_log(log: LogLevel) -> KernelLog {
     match log {
         LogLevel::Debug => KernelLog::Debug,
         LogLevel::Error | LogLevel::Warn | LogLevel::Info => KernelLog::Off,
@@ -234,7 +236,9 @@ fn start_reports(
 ) -> Result<Reporter, RunError> {
     let output = output.unwrap_or(if io::stdout().is_terminal() { Output::Text } else { Output::Json });
     let (events, log) = (dataplane.take_events()?, dataplane.take_log());
-    Reporter::start(events, log, enricher, output, backlog).map_err(system("cannot start to report denials"))
+    Sink::stdout()
+        .and_then(|sink| Reporter::start(events, log, enricher, output, sink, backlog))
+        .map_err(system("cannot start to report denials"))
 }
 
 /// Tells whoever waits: the log, and systemd.

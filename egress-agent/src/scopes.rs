@@ -260,7 +260,7 @@ fn places(ruleset: &Ruleset) -> u64 {
 }
 
 /// A cgroup as policies see it. The root is described by its empty path.
-fn workload(path: &str) -> Workload {
+pub(crate) fn workload(path: &str) -> Workload {
     let unit = cgroup::unit(path.as_ref()).map(str::to_owned);
     Workload { cgroup: Some(path.to_owned()), unit, ..Workload::default() }
 }

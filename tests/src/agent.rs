@@ -59,9 +59,15 @@ impl Place {
         self.bpffs.path().join("egress")
     }
 
+    /// Where `exec` pins.
+    pub fn exec_pins(&self) -> PathBuf {
+        self.bpffs.path().join("egress-exec")
+    }
+
     /// Tells a command of it, whatever the command is.
     pub fn tell(&self, command: &mut Command) {
         command.env("EGRESS_PIN_DIR", self.pins()).env("EGRESS_RUN_DIR", self.run.path());
+        command.env("EGRESS_EXEC_PIN_DIR", self.exec_pins());
     }
 
     /// Runs a command of the agent that ends by itself.
