@@ -11,8 +11,11 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio},
+    thread::sleep,
+    time::Duration,
 };
 
+use egress_agent::pins::PinDirectory;
 use egress_tests::{
     agent::{Agent, Place, binary},
     cgroup::Cgroup,
@@ -223,7 +226,7 @@ fn without_root_the_agent_says_so() {
 fn signals_are_the_commands() {
     let host = Host::new();
     let script = "for signal in HUP USR1 USR2 WINCH; do trap \"echo $signal\" $signal; done; trap 'exit 9' TERM; echo ready; \
-                  while :; do sleep 0.02; done";
+                  for i in $(seq 1000); do sleep 0.02; done";
     let mut running = Dialling::start(host.exec(&["--", "sh", "-c", script]));
     assert_eq!(running.line(), "ready");
     // The terminal sends these to both; the command decides.
@@ -243,8 +246,7 @@ fn signals_are_the_commands() {
 #[test]
 fn signals_are_passed_to_a_command_of_another_user() {
     let host = Host::new();
-    let mut running =
-        Dialling::start(host.exec(&["--user", "nobody", "--", "sh", "-c", "echo ready; exec sleep 1000"]));
+    let mut running = Dialling::start(host.exec(&["--user", "nobody", "--", "sh", "-c", "echo ready; exec sleep 20"]));
     assert_eq!(running.line(), "ready");
     running.signal(Signal::TERM);
     assert_eq!(running.end().code, Some(143));
@@ -529,6 +531,19 @@ fn many_commands_that_start_at_once_do_not_sweep_each_other() {
         let ended = ended(&child.wait_with_output().unwrap());
         assert_eq!((ended.code, ended.stderr.as_str()), (Some(0), ""));
     }
+    host.is_clean();
+}
+
+#[test]
+fn a_start_waits_while_another_makes_or_sweeps() {
+    let host = Host::new();
+    let turn = PinDirectory::claim(&host.place.exec_pins()).unwrap();
+    let mut waiting = host.exec(&["--", "true"]).spawn().unwrap();
+    sleep(Duration::from_millis(500));
+    assert!(waiting.try_wait().unwrap().is_none());
+    host.is_clean();
+    drop(turn);
+    assert_eq!(waiting.wait().unwrap().code(), Some(0));
     host.is_clean();
 }
 
