@@ -33,6 +33,16 @@ pub enum Request {
     Reload,
 }
 
+impl Request {
+    /// How long its answer is waited for. A large policy takes its time; whoever asks how things are has none.
+    const fn patience(self) -> Duration {
+        match self {
+            Self::Status => Duration::from_secs(2),
+            Self::Reload => Duration::from_mins(10),
+        }
+    }
+}
+
 /// A request with the place for its answer, which is one JSON value.
 #[derive(Debug)]
 pub(crate) struct Asked {
@@ -148,9 +158,12 @@ fn send(socket: &Path, request: Request) -> io::Result<BlockingStream> {
 /// Asks the agent of a pin directory, and waits for its answer.
 pub fn ask<T: DeserializeOwned>(socket: &Path, request: Request) -> io::Result<T> {
     let stream = send(socket, request)?;
-    stream.set_read_timeout(Some(Duration::from_mins(10)))?;
+    stream.set_read_timeout(Some(request.patience()))?;
     let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer)?;
+    BufReader::new(stream).read_line(&mut answer).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    })?;
     Ok(serde_json::from_str(&answer)?)
 }
 

@@ -180,6 +180,8 @@ impl Enforcement {
     /// The cgroup has another id, so it is placed before it is attached.
     fn attach_anew(&mut self, found: Cgroup) -> Result<(), RunError> {
         self.cgroup = found;
+        // Until it is: whatever fails here is tried again.
+        self.is_attached = false;
         self.place(Change::Tidy)?;
         Ok(self.attach()?)
     }

@@ -77,7 +77,7 @@ pub enum RunError {
     Dataplane(#[from] DataplaneError),
     /// Names cannot be resolved at all.
     #[error(transparent)]
-    Resolver(#[from] ResolverError),
+    Resolver(Box<ResolverError>),
     /// The policy is too large to be compiled.
     #[error(transparent)]
     Compile(#[from] CompileError),
@@ -92,11 +92,20 @@ pub enum RunError {
     },
 }
 
+impl From<ResolverError> for RunError {
+    fn from(error: ResolverError) -> Self {
+        Self::Resolver(Box::new(error))
+    }
+}
+
 impl RunError {
     /// The exit status that the command line promises.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Load(_) | Self::Invalid { .. } | Self::Compile(_) => 1,
+            Self::Load(_)
+            | Self::Invalid { .. }
+            | Self::Compile(_)
+            | Self::Dataplane(DataplaneError::TooLarge { .. } | DataplaneError::TooManyScopes { .. }) => 1,
             Self::Cgroup(CgroupError::NotFound { .. } | CgroupError::NotCgroup2 { .. })
             | Self::OwnCgroup { .. }
             | Self::NeedsForce => 2,
@@ -214,8 +223,14 @@ fn retire(pins: &PinDirectory, own: &Path) -> Vec<Event> {
     let mut backlog = Vec::new();
     for set in others.iter().filter(|set| *set != own) {
         let path = set.display();
-        let retired = pinned::detach(set).map(|()| match pinned::drain(set) {
-            Ok(events) => backlog.extend(events),
+        let read = || Ok::<_, DataplaneError>((pinned::drain(set)?, pinned::lost(set)?));
+        let retired = pinned::detach(set).map(|()| match read() {
+            Ok((events, lost)) => {
+                backlog.extend(events);
+                if lost > 0 {
+                    tracing::warn!(lost, pins = %path, "denials of the agent before were not reported: the ring buffer was full");
+                }
+            }
             Err(error) => tracing::warn!(error = %chain(&error), pins = %path, "denials of the agent before are lost"),
         });
         match retired.and_then(|()| pinned::remove(set)) {

@@ -61,6 +61,12 @@ impl Event {
         }
     }
 
+    /// The same without its rule, whose number means something only to the agent that gave it.
+    #[must_use]
+    pub const fn without_rule(self) -> Self {
+        Self { rule: 0, ..self }
+    }
+
     /// Nanoseconds since boot, suspended time included (`CLOCK_BOOTTIME`).
     pub const fn time(&self) -> u64 {
         self.time

@@ -8,7 +8,6 @@ use std::{
     fmt, fs,
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
-    path::PathBuf,
     process::{Child, ChildStdin, ChildStdout, Stdio},
     str::FromStr,
     sync::mpsc::{Receiver, Sender, channel},
@@ -27,6 +26,7 @@ use crate::{
     cgroup::Cgroup,
     dial::{Call, Method},
     netns::Netns,
+    program,
 };
 
 /// How a call ended.
@@ -83,7 +83,7 @@ impl Actor {
 
     /// Starts one in a network namespace and a cgroup, as anybody.
     pub fn start_as(namespace: &Netns, cgroup: &Cgroup, identity: Identity) -> Result<Self> {
-        let mut command = namespace.command(program()?, Some(cgroup))?;
+        let mut command = namespace.command(program("actor")?, Some(cgroup))?;
         // It takes the identity by itself, since joining the namespace and the cgroup needs root.
         command.arg(identity.to_string());
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot run actor")?;
@@ -186,18 +186,6 @@ impl Drop for Actor {
 
 fn plain(method: Method, to: SocketAddr) -> Call {
     Call { method, mapped: false, to }
-}
-
-/// The `actor` program, which cargo puts beside the directory of the tests, or beside the programs.
-fn program() -> Result<PathBuf> {
-    let mut directory = std::env::current_exe()?;
-    directory.pop();
-    if directory.ends_with("deps") {
-        directory.pop();
-    }
-    let program = directory.join("actor");
-    ensure!(program.exists(), "{} is missing: cargo builds it for the tests of this package", program.display());
-    Ok(program)
 }
 
 /// What the actor reads: a line.

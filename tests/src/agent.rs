@@ -76,6 +76,22 @@ impl Place {
         self.tell(&mut command);
         Ok(command.args(args).output()?)
     }
+
+    /// The exit status of `status`, and what it tells.
+    pub fn status(&self) -> Result<(Option<i32>, Value)> {
+        let output = self.output(&["status", "--output", "json"])?;
+        let told = serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("no status: {}", String::from_utf8_lossy(&output.stderr)))?;
+        Ok((output.status.code(), told))
+    }
+
+    /// The names in the pin directory, sorted; none if it is not there.
+    pub fn pinned(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.pins()).into_iter().flatten().flatten();
+        let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
 }
 
 impl Agent {
@@ -168,6 +184,13 @@ impl Agent {
         let status = self.exit_status()?;
         let (denials, log) = self.rest()?;
         Ok((status, denials, log))
+    }
+
+    /// Kills it, which it cannot prepare for; its denials and its log until then.
+    pub fn kill(mut self) -> Result<(Vec<Value>, Vec<String>)> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.rest()
     }
 
     /// What an agent that has ended left: its remaining denials and its whole log.

@@ -4,11 +4,16 @@
 //! Beside the agent's links stand the ways of older tools (`BPF_PROG_ATTACH`), some of which leave no room for others.
 
 use std::{
+    ffi::CString,
     fs::File,
     io,
     mem::size_of_val,
     net::SocketAddrV4,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
 };
 
 use crate::cgroup::Cgroup;
@@ -21,6 +26,8 @@ pub enum Hook {
     Connect4 = 10,
     /// `BPF_CGROUP_UDP4_SENDMSG`.
     Sendmsg4 = 14,
+    /// `BPF_CGROUP_UDP6_SENDMSG`.
+    Sendmsg6 = 15,
 }
 
 /// How a program is attached.
@@ -124,6 +131,25 @@ impl Program {
     }
 }
 
+impl Attached {
+    /// Pins the link, which is then there for whoever opens it. It still ends when this is dropped.
+    pub fn pin(&self, path: &Path) -> io::Result<()> {
+        let link = self.link.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        bpf(BPF_OBJ_PIN, &ObjectPin { path: path.as_ptr() as u64, object: link.as_raw_fd(), flags: 0 }).map(drop)
+    }
+}
+
+/// A map of one kind that somebody else uses for something, pinned.
+pub fn pin_array(path: &Path, value_size: u32, entries: u32) -> io::Result<()> {
+    const BPF_MAP_TYPE_ARRAY: u32 = 2;
+    let map = bpf(BPF_MAP_CREATE, &MapCreate { kind: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, entries })?;
+    // SAFETY: the call succeeded, so `map` is a new descriptor that nobody else owns.
+    let map = unsafe { OwnedFd::from_raw_fd(map) };
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf(BPF_OBJ_PIN, &ObjectPin { path: path.as_ptr() as u64, object: map.as_raw_fd(), flags: 0 }).map(drop)
+}
+
 impl Drop for Attached {
     fn drop(&mut self) {
         // To close a link is not enough: a process that another test is just starting may hold a copy until it calls exec.
@@ -138,7 +164,9 @@ impl Drop for Attached {
 }
 
 /// Commands of `bpf(2)`, its flags and a program type, from `linux/bpf.h`.
+const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_PROG_DETACH: libc::c_int = 9;
 const BPF_LINK_CREATE: libc::c_int = 28;
@@ -234,6 +262,23 @@ struct LinkDetach {
     link: RawFd,
 }
 
+/// The same for `BPF_OBJ_PIN`.
+#[repr(C)]
+struct ObjectPin {
+    path: u64,
+    object: RawFd,
+    flags: u32,
+}
+
+/// The same for `BPF_MAP_CREATE`.
+#[repr(C)]
+struct MapCreate {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    entries: u32,
+}
+
 /// What the kernel reads as `union bpf_attr`: plain numbers, without a gap, and every address in it is of memory that
 /// lives during the call.
 trait Request {}
@@ -242,6 +287,8 @@ impl Request for ProgramLoad {}
 impl Request for ProgramAttach {}
 impl Request for LinkCreate {}
 impl Request for LinkDetach {}
+impl Request for ObjectPin {}
+impl Request for MapCreate {}
 
 fn load(hook: Hook, instructions: &[Instruction]) -> io::Result<Program> {
     let license = c"GPL";

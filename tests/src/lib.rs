@@ -15,11 +15,13 @@ pub mod dnsmasq;
 pub mod foreign;
 pub mod fuzz_targets;
 pub mod generate;
+pub mod hammer;
 pub mod mariadb;
 pub mod netns;
 pub mod pages;
 pub mod reference;
 pub mod scenario;
+pub mod world;
 
 use std::{
     path::{Path, PathBuf},
@@ -43,6 +45,20 @@ pub fn companion(path: &str) -> Result<PathBuf> {
         bail!("{} is missing: run `cargo xtask test`, which unpacks it", path.display());
     }
     Ok(path)
+}
+
+/// A program of this package, which cargo puts beside the directory of the tests, or beside the programs.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let mut directory = std::env::current_exe()?;
+    directory.pop();
+    if directory.ends_with("deps") {
+        directory.pop();
+    }
+    let program = directory.join(name);
+    if !program.exists() {
+        bail!("{} is missing: cargo builds it for the tests of this package", program.display());
+    }
+    Ok(program)
 }
 
 /// How long anything may take before a test gives up on it.

@@ -38,29 +38,21 @@ fn entry(address: &str) -> String {
 impl World {
     /// With a policy directory that `fill` prepares; the agent reads what `fill` gives.
     fn new(fill: impl FnOnce(&Path) -> PathBuf) -> Self {
-        Self::with(fill, &[])
-    }
-
-    fn with(fill: impl FnOnce(&Path) -> PathBuf, more: &[&str]) -> Self {
         let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
         let directory = tempfile::tempdir().unwrap();
         let policies = fill(directory.path());
-        let agent = Agent::start(&policies, &cgroup, more).unwrap();
+        let agent = Agent::start(&policies, &cgroup, &[]).unwrap();
         let dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
         Self { dialer, agent, _namespace: namespace, _cgroup: cgroup, directory }
     }
 
     /// With one file that opens `192.0.2.1:80`.
     fn with_one_file() -> Self {
-        Self::with_one_file_and(&[])
-    }
-
-    fn with_one_file_and(more: &[&str]) -> Self {
         let fill = |directory: &Path| {
             fs::write(directory.join("a.yaml"), entry("192.0.2.1")).unwrap();
             directory.to_owned()
         };
-        Self::with(fill, more)
+        Self::new(fill)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -304,15 +296,4 @@ fn changes_that_come_together_are_applied_together() {
     }
     let line = world.agent.wait_for("policy applied generation=2 ").unwrap();
     assert!(line.contains("documents=21"), "{line}");
-}
-
-#[test]
-fn the_end_of_the_agent_is_the_end_of_the_filter_where_that_is_asked_for() {
-    for signal in [Signal::TERM, Signal::INT] {
-        let mut world = World::with_one_file_and(&["--detach-on-exit"]);
-        assert!(!world.is_open(TWO));
-        world.agent.signal(signal).unwrap();
-        assert_eq!(world.agent.exit_status().unwrap().code(), Some(0));
-        assert!(world.is_open(TWO));
-    }
 }

@@ -12,6 +12,7 @@ use std::{
 use egress_tests::{
     PATIENCE,
     agent::{Agent, binary},
+    bpffs::Bpffs,
     cgroup::Cgroup,
 };
 use tempfile::TempDir;
@@ -248,4 +249,22 @@ fn the_service_manager_hears_ready_reloading_and_the_generation() {
     }
     assert!(last.contains("READY=1") && last.contains("STATUS=generation 2"), "{last}");
     agent.stop().unwrap();
+}
+
+#[test]
+fn a_pin_directory_is_private_and_on_a_bpf_file_system() {
+    let (cgroup, policies, bpffs) = (Cgroup::new().unwrap(), policies(ENTRY), Bpffs::new().unwrap());
+    let pins = bpffs.path().join("egress");
+    let option = pins.to_str().unwrap();
+    fs::create_dir(&pins).unwrap();
+
+    // Whoever could open the directory could lock it, and keep the agent from starting.
+    fs::set_permissions(&pins, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut open = run_command(policies.path(), cgroup.path());
+    open.args(["--pin-dir", option]);
+    ends(open, 4, &["chmod 700", option]);
+
+    let mut elsewhere = run_command(policies.path(), cgroup.path());
+    elsewhere.arg("--pin-dir").arg(policies.path());
+    ends(elsewhere, 4, &["bpf file system"]);
 }

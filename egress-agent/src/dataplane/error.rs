@@ -67,7 +67,7 @@ pub enum DataplaneError {
     /// The policy needs more memory than it may have.
     #[error(
         "the policy needs about {} MB of kernel memory ({prefixes} prefixes and {segments} port ranges in {scopes} scopes), \
-         and may have {} MB: see --memory-limit", .bytes / 1_000_000, .limit / 1_000_000
+         and may have {} MB: see --memory-limit", .bytes.div_ceil(1_000_000), .limit / 1_000_000
     )]
     TooLarge {
         /// Of all scopes together.

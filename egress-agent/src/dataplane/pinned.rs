@@ -31,6 +31,12 @@ pub fn counters(set: &Path) -> Result<Vec<(Counter, u64)>, DataplaneError> {
     read_counters(&Map::PerCpuArray(open(set, map::STATS)?))
 }
 
+/// How many events of a set found no room.
+pub fn lost(set: &Path) -> Result<u64, DataplaneError> {
+    let counters = counters(set)?;
+    Ok(counters.into_iter().find(|(counter, _)| *counter == Counter::EventsLost).map_or(0, |(_, count)| count))
+}
+
 pub(super) fn read_counters(stats: &Map) -> Result<Vec<(Counter, u64)>, DataplaneError> {
     let read = |cause| failed(map::STATS, "read", cause);
     let stats = PerCpuArray::<_, u64>::try_from(stats).map_err(read)?;
@@ -120,13 +126,15 @@ pub fn detach(set: &Path) -> Result<(), PinError> {
     Ok(())
 }
 
-/// The events of a set that nobody has read.
+/// The events of a set that nobody has read, without their rules: only the agent that filled the set knew their numbers.
 pub fn drain(set: &Path) -> Result<Vec<Event>, DataplaneError> {
+    // Those of another version would be misread.
+    meta(set)?;
     let open_ring = |cause| failed(map::EVENTS, "open", cause);
     let mut ring = RingBuf::try_from(Map::RingBuf(open(set, map::EVENTS)?)).map_err(open_ring)?;
     let mut events = Vec::new();
     while let Some(record) = ring.next() {
-        events.extend(Event::read_from_bytes(&record));
+        events.extend(Event::read_from_bytes(&record).map(Event::without_rule));
     }
     Ok(events)
 }

@@ -1,0 +1,286 @@
+//! While policies change, each answer is that of the old one or that of the new one.
+//!
+//! Threads dial without a pause and know when which policy can be in force; see [`egress_tests::hammer`]. Among the
+//! policies that take turns are those whose change would show anything in between: prefixes inside each other that come and
+//! go together, sets of ports, audit views, rules of users.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
+
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use egress_agent::{
+    cgroup,
+    compile::{Context, Names, NodeAction, NodeDefault},
+    dataplane::{Change, Dataplane, KernelLog},
+    pins::PinDirectory,
+    policy::{L4, PolicySet, load::load_text},
+    scopes::{Layout, Node, Selector, UnknownWorkloads},
+    workload::Workload,
+};
+use egress_tests::{
+    agent::Agent,
+    bpffs::Bpffs,
+    cgroup::Cgroup,
+    dial::{Call, Method},
+    hammer::{Expected, Hammer, THREADS, Tally},
+    netns::Netns,
+    reference::{Answer, Question, judge},
+    world::World,
+};
+use rustix::process::Signal;
+
+/// The object that the agent was built with.
+const OBJECT: &str = match option_env!("EGRESS_EBPF_OBJECT") {
+    Some(object) => object,
+    None => concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/egress-ebpf.o"),
+};
+
+/// They take turns.
+const SPECS: [&str; 6] = [
+    // A wide prefix, with a hole.
+    "allow: [{ to: [{ cidr: 10.0.0.0/8 }, { cidr: 192.0.2.1 }] }], deny: [{ to: [{ cidr: 10.1.2.3 }] }]",
+    // Neither of both.
+    "allow: [{ to: [{ cidr: 192.0.2.1 }, { cidr: 192.0.2.2 }] }]",
+    // The other way round: all is refused but what is inside, and sets of ports.
+    "deny: [{ to: [{ cidr: 10.2.0.0/16 }] }], allow: [{ to: [{ cidr: 10.1.2.3 }] },
+       { to: [{ cidr: 192.0.2.0/24 }], ports: [{ port: 80, protocol: Any }, { port: 90, endPort: 99 }, { port: 200 }] }]",
+    // Beside it an audit view, which changes no answer.
+    "allow: [{ to: [{ cidr: 10.0.0.0/8 }], ports: [{ port: 80, endPort: 89, protocol: Any }, { port: 91 }, { port: 93 }] },
+       { to: [{ cidr: 192.0.2.1 }] }]\n---\nAudit\ndeny: [{ to: [{ cidr: 0.0.0.0/0 }] }]",
+    // Everything but what is never open; both families.
+    "defaultAction: Allow, deny: [{ to: [{ cidr: 203.0.113.0/24 }, { cidr: 2001:db8:3::/48 }] }]",
+    // A chain of prefixes, each of which says something else than the one around it.
+    "allow: [{ to: [{ cidr: 10.1.0.0/16, except: [10.1.2.0/24] }, { cidr: 10.1.2.2/31 }, { cidr: 192.0.2.1 }] },
+       { to: [{ cidr: 2001:db8::/32, except: ['2001:db8:3::/48'] }] }], deny: [{ to: [{ cidr: 10.1.2.2 }] }]",
+];
+
+/// The text of a policy, with its audit policy if it has one.
+fn text(spec: &str) -> String {
+    let mut parts = spec.split("\n---\nAudit\n").zip(["Enforce", "Audit"]).map(|(spec, mode)| {
+        format!(
+            "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: {{ name: {} }}\n\
+             spec: {{ mode: {mode}, dns: {{ servers: None }}, {spec} }}\n",
+            mode.to_lowercase()
+        )
+    });
+    let first = parts.next().unwrap_or_default();
+    parts.fold(first, |text, part| text + "---\n" + &part)
+}
+
+fn context() -> Context {
+    let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: false };
+    Context { node_default, system_resolvers: Vec::new(), names: Names::default() }
+}
+
+fn policies() -> Vec<PolicySet> {
+    let load = |spec: &&str| {
+        let loaded = load_text("policy.yaml", &text(spec));
+        assert!(!loaded.has_errors(), "{:#?}", loaded.findings);
+        loaded.policies
+    };
+    SPECS.iter().map(load).collect()
+}
+
+/// Every destination in every way, with what the documents say of it.
+fn expected(policies: &[PolicySet]) -> Vec<Expected> {
+    let addresses = [
+        "10.1.2.3",
+        "10.1.2.2",
+        "10.1.2.9",
+        "10.1.9.9",
+        "10.2.0.1",
+        "10.9.9.9",
+        "192.0.2.1",
+        "192.0.2.2",
+        "203.0.113.9",
+        "2001:db8::1",
+        "2001:db8:3::1",
+    ];
+    let mut expected = Vec::new();
+    for address in addresses {
+        for (method, l4, port) in [
+            (Method::TcpConnect, L4::Tcp, 80),
+            (Method::TcpConnect, L4::Tcp, 95),
+            (Method::UdpConnect, L4::Udp, 80),
+            (Method::UdpConnect, L4::Udp, 95),
+            (Method::UdpSend, L4::Udp, 80),
+        ] {
+            let address = address.parse().unwrap();
+            let asked = Question { l4, address, port };
+            let is_open = |policies: &PolicySet| {
+                !matches!(judge(policies, &Workload::default(), &context(), asked), Answer::Deny(_))
+            };
+            let call = Call { method, mapped: port == 95, to: (address, port).into() };
+            expected.push(Expected { call, is_open: policies.iter().map(is_open).collect() });
+        }
+    }
+    expected
+}
+
+#[test]
+fn the_destinations_tell_the_policies_apart() {
+    let expected = expected(&policies());
+    let with = |wanted: &dyn Fn(&Expected) -> bool| expected.iter().filter(|expected| wanted(expected)).count();
+    let always = with(&|expected| expected.is_open.iter().all(|&is_open| is_open));
+    let never = with(&|expected| !expected.is_open.iter().any(|&is_open| is_open));
+    assert!(always >= 3 && never >= 5, "{always} always open, {never} never");
+    for index in 0..SPECS.len() {
+        let next = (index + 1) % SPECS.len();
+        let comes = with(&|expected| !expected.is_open[index] && expected.is_open[next]);
+        let goes = with(&|expected| expected.is_open[index] && !expected.is_open[next]);
+        assert!(comes > 0 && goes > 0, "from policy {index} to {next}: {comes} come, {goes} go");
+    }
+}
+
+fn check(what: &str, changes: u64, tally: &Tally) {
+    println!("{what}: {changes} changes, {} calls, {} of them under one policy alone", tally.calls, tally.certain);
+    assert_eq!(tally.wrong, 0, "{}", tally.first);
+    assert!(tally.certain > 0 && tally.certain < tally.calls, "{tally:?}");
+}
+
+/// A cgroup with a filter of its own, without an agent around it.
+struct Filter {
+    dataplane: Dataplane,
+    layouts: Vec<Layout>,
+    cgroup: Cgroup,
+}
+
+impl Filter {
+    /// With the first policy in force.
+    fn new(pins: &Path) -> Self {
+        let (cgroup, mount) = (Cgroup::new().unwrap(), cgroup::mount_point().unwrap());
+        let opened = cgroup::Cgroup::open(cgroup.path(), &mount).unwrap();
+        let nodes = [Node { id: opened.id, path: cgroup.name().trim_start_matches('/').to_owned() }];
+        let layout = |policies: PolicySet| {
+            let mut selector = Selector::new(policies.into(), context(), UnknownWorkloads::Deny, Vec::new());
+            selector.layout(&nodes, None).unwrap()
+        };
+        let layouts: Vec<Layout> = policies().into_iter().map(layout).collect();
+        let set = PinDirectory::claim(pins).unwrap().begin().unwrap();
+        let mut dataplane = Dataplane::prepare(&fs::read(OBJECT).unwrap(), KernelLog::Off, set, 1 << 30).unwrap();
+        dataplane.apply(&layouts[0], Change::Policy).unwrap();
+        dataplane.attach(&opened).unwrap();
+        Self { dataplane, layouts, cgroup }
+    }
+
+    /// Puts one policy after the other in force until the time is up; how many.
+    fn change_until(&mut self, end: Instant, hammer: &Hammer) -> u64 {
+        (1..)
+            .take_while(|_| Instant::now() < end)
+            .inspect(|&number| {
+                hammer.begin(number);
+                let layout = &self.layouts[usize::try_from(number).unwrap() % self.layouts.len()];
+                assert!(self.dataplane.apply(layout, Change::Policy).unwrap().is_changed);
+                hammer.done(number);
+            })
+            .last()
+            .unwrap_or(0)
+    }
+}
+
+/// Several filters side by side: changes wait for the kernel, and those that wait at the same time wait once.
+#[test]
+fn each_answer_is_that_of_the_old_or_the_new_policy() {
+    const FILTERS: usize = 16;
+    let (bpffs, namespace) = (Bpffs::new().unwrap(), Netns::with_every_address_local().unwrap());
+    let expected = expected(&policies());
+    let mut filters: Vec<Filter> =
+        (0..FILTERS).map(|index| Filter::new(&bpffs.path().join(format!("pins-{index}")))).collect();
+    let end = Instant::now() + Duration::from_secs(12);
+    let results: Vec<(u64, Tally)> = thread::scope(|scope| {
+        let (expected, namespace) = (&expected, &namespace);
+        let running: Vec<_> = filters
+            .iter_mut()
+            .map(|filter| {
+                scope.spawn(move || {
+                    // Eight threads in all.
+                    let hammer = Hammer::start(&filter.cgroup, namespace, THREADS.div_ceil(FILTERS), expected).unwrap();
+                    (filter.change_until(end, &hammer), hammer.finish().unwrap())
+                })
+            })
+            .collect();
+        running.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let mut changes = 0;
+    let mut total = Tally::default();
+    for (count, tally) in results {
+        changes += count;
+        total.add(tally);
+    }
+    check("in the kernel", changes, &total);
+    assert!(changes >= 1_000, "only {changes} changes");
+}
+
+/// `run`, whose denials nobody reads.
+fn command(world: &World) -> Command {
+    let agent = world.command(&[]).unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$@\" > /dev/null", "sh"]).arg(agent.get_program()).args(agent.get_args());
+    command
+}
+
+fn start(world: &World) -> Agent {
+    let mut agent = Agent::spawn_in(Some(&world.place), command(world)).unwrap();
+    agent.wait_for("policy applied generation=1 ").unwrap();
+    agent
+}
+
+/// Writes the next policy, and has it put in force.
+fn change(world: &World, hammer: &Hammer, number: u64, mut put_in_force: impl FnMut()) {
+    hammer.begin(number);
+    world.write(&text(SPECS[usize::try_from(number).unwrap() % SPECS.len()])).unwrap();
+    put_in_force();
+    hammer.done(number);
+}
+
+fn world() -> (World, Vec<Expected>) {
+    let world = World::opening(&[]).unwrap();
+    world.write(&text(SPECS[0])).unwrap();
+    (world, expected(&policies()))
+}
+
+#[test]
+fn an_agent_that_reloads_gives_the_answers_of_the_old_or_the_new_policy() {
+    let (world, expected) = world();
+    let agent = start(&world);
+    let hammer = Hammer::start(&world.cgroup, &world.namespace, THREADS, &expected).unwrap();
+    let end = Instant::now() + Duration::from_secs(12);
+    let mut changes = 0;
+    while Instant::now() < end {
+        changes += 1;
+        change(&world, &hammer, changes, || {
+            let output = world.place.output(&["reload", "--wait"]).unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        });
+    }
+    check("reloads", changes, &hammer.finish().unwrap());
+    assert!(changes >= 20, "only {changes} changes");
+    drop(agent);
+}
+
+#[test]
+fn agents_that_come_and_go_give_the_answers_of_the_old_or_the_new_policy() {
+    let (world, expected) = world();
+    let mut agent = start(&world);
+    let hammer = Hammer::start(&world.cgroup, &world.namespace, THREADS, &expected).unwrap();
+    let end = Instant::now() + Duration::from_secs(12);
+    let mut changes = 0;
+    while Instant::now() < end {
+        let signal = if changes % 2 == 0 { Signal::KILL } else { Signal::TERM };
+        changes += 1;
+        change(&world, &hammer, changes, || {
+            agent.signal(signal).unwrap();
+            agent.exit_status().unwrap();
+            agent = start(&world);
+        });
+    }
+    check("restarts", changes, &hammer.finish().unwrap());
+    assert!(changes >= 10, "only {changes} changes");
+    assert_eq!(world.place.pinned().len(), 1);
+}
