@@ -219,7 +219,7 @@ fn without_root_the_agent_says_so() {
     host.place.tell(&mut command);
     let ended = ended(&command.args(["exec", "--", "true"]).uid(65_534).gid(65_534).output().unwrap());
     assert_eq!(ended.code, Some(125));
-    assert!(ended.stderr.contains("root"), "{ended:?}");
+    assert!(ended.stderr.contains("run as root, or with CAP_BPF"), "{ended:?}");
 }
 
 #[test]
