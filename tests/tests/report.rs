@@ -124,8 +124,9 @@ fn a_full_disk_is_no_end_of_reports() {
 fn denials_without_room_are_counted_and_told() {
     let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
     let policies = tempfile::tempdir().unwrap();
-    let mut command = Command::new(binary().unwrap());
-    command.arg("run").arg("--policies").arg(policies.path()).arg("--cgroup").arg(cgroup.path());
+    let place = Place::new().unwrap();
+    let mut command = run_command(policies.path(), cgroup.path(), &[]).unwrap();
+    place.tell(&mut command);
     let mut agent = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(agent.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(log.any(|line| line.contains("policy applied generation=1 ")));
