@@ -11,7 +11,7 @@ use crate::{
     cgroup::{self, Cgroup},
     dataplane::{Applied, Change, Dataplane, DataplaneError},
     hierarchy::{Changed, Hierarchy},
-    policy::load::watched,
+    policy::load::Watched,
     ruleset::Ruleset,
     run::{RunError, chain, system},
     scopes::{Layout, Node, Scope, Seat, Selector},
@@ -78,7 +78,7 @@ impl Enforcement {
         let hierarchy = Hierarchy::new(&mount, &cgroup.path, always).map_err(system(CANNOT_WATCH))?;
         let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
         let directory = mount.join(cgroup.path.strip_prefix("/").unwrap_or(&cgroup.path));
-        watch.set(watched(&[directory])).map_err(system(CANNOT_WATCH))?;
+        watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
         let (is_attached, layout) = (false, Layout::default());
         let mut enforcement =
             Self { given, mount, cgroup, is_attached, watch, hierarchy, agent, selector, layout, dataplane };
