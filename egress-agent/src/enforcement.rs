@@ -65,10 +65,16 @@ impl Target {
     pub(crate) fn open(given: &Path, mount: &Path) -> Result<Self, RunError> {
         let cgroup = Cgroup::open(given, mount)?;
         let agent = cgroup::own(mount);
-        if agent.as_ref().is_some_and(|agent| agent.id == cgroup.id) && !cgroup.is_root() {
-            return Err(RunError::OwnCgroup { path: cgroup.path });
+        let target = Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent };
+        if target.holds_agent() && !target.cgroup.is_root() {
+            return Err(RunError::OwnCgroup { path: target.cgroup.path });
         }
-        Ok(Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent })
+        Ok(target)
+    }
+
+    /// Whether it is the agent's own cgroup: the root.
+    pub(crate) fn holds_agent(&self) -> bool {
+        self.agent.as_ref().is_some_and(|agent| agent.id == self.cgroup.id)
     }
 }
 
