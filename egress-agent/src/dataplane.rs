@@ -34,7 +34,7 @@ pub use error::DataplaneError;
 use ids::RuleIds;
 pub use ids::RuleNames;
 pub use plan::Change;
-use plan::{Live, Step, plan};
+use plan::{Live, Step, plan, room};
 use slots::Slots;
 
 /// What `WORKLOADS` points to, in bytes: cgroup id → [`Placement`].
@@ -149,9 +149,13 @@ impl Dataplane {
         let size = self.fits(layout)?;
         let plan = plan(&self.live, layout, change)?;
         let is_changed = plan.live != self.live;
-        let made = self.fill(&plan.steps, layout).and_then(|()| plan.steps.iter().try_for_each(|step| self.make(step)));
-        if let Err(error) = made {
-            self.forget(&plan.live);
+        let filled = self.fill(&plan.steps, layout).map_err(|error| (error, None));
+        let make = |step| self.make(step).map_err(|error| (error, Some(step)));
+        if let Err((error, failed)) = filled.and_then(|()| plan.steps.iter().try_for_each(make)) {
+            match failed {
+                Some(Step::Insert(_)) => self.keep_filled(plan.live),
+                _ => self.forget(&plan.live),
+            }
             return Err(error);
         }
         (self.live, self.numbers) = (plan.live, plan.numbers);
@@ -228,15 +232,21 @@ impl Dataplane {
         self.users.remove(&key).map_err(|cause| failed(map::USERS, "empty", cause))
     }
 
-    /// Leaves room for as many cgroups again, so that new ones can be inserted.
     fn exchange(&mut self, contents: &BTreeMap<u64, Placement>) -> Result<(), DataplaneError> {
-        let room = u32::try_from(contents.len() * 2).unwrap_or(u32::MAX).max(1024);
+        let room = u32::try_from(room(contents.len())).unwrap_or(u32::MAX);
         let create = |cause| failed(map::WORKLOADS, "create", cause);
         let mut placements = Placements::create(room, NO_PREALLOC).map_err(create)?;
         insert(&mut placements, contents)?;
         self.workloads.set(0, &placements, 0).map_err(|cause| failed(map::WORKLOADS, "exchange", cause))?;
         self.placements = Some(placements);
         Ok(())
+    }
+
+    /// After some of the new cgroups could not be inserted. Those that were point to what was filled, so it stays until
+    /// everything is exchanged.
+    fn keep_filled(&mut self, planned: Live) {
+        let Live { scopes, deepest, .. } = planned;
+        (self.live.scopes, self.live.deepest, self.live.is_untidy) = (scopes, deepest, true);
     }
 
     /// After a change that failed: removes what it filled. The numbers are free again whether or not that succeeds.
@@ -297,7 +307,7 @@ impl Dataplane {
         &self.written
     }
 
-    /// Whether cgroups that are gone are still placed.
+    /// Whether cgroups that are gone are still placed, or others could not be.
     pub const fn is_untidy(&self) -> bool {
         self.live.is_untidy
     }

@@ -134,7 +134,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let mount = cgroup::mount_point()?;
     let target = Target::open(&args.cgroup, &mount)?;
     if target.cgroup.is_root() {
-        warn_of_exempt(&mount, args, &policy)?;
+        warn_of_exempt(&target, args, &policy)?;
     }
     let pins = PinDirectory::claim(&args.pin_dir)?;
     exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
@@ -197,15 +197,23 @@ fn resolver_settings(args: &RunArgs) -> resolver::Settings {
 }
 
 /// Tells how many tasks the root cgroup has. Where everything would be refused but them, that is probably a mistake.
-fn warn_of_exempt(mount: &Path, args: &RunArgs, policy: &Policy) -> Result<(), RunError> {
+fn warn_of_exempt(target: &Target, args: &RunArgs, policy: &Policy) -> Result<(), RunError> {
     if args.default == NodeAction::Deny && policy.documents == 0 && !args.force {
         return Err(RunError::NeedsForce);
     }
-    if policy.set.egress_policies.iter().any(names_root) {
-        return Ok(());
+    let threads = std::fs::read_to_string(target.mount.join("cgroup.threads"));
+    let tasks = threads.map_or(0, |tasks| tasks.lines().count());
+    match (policy.set.egress_policies.iter().any(names_root), target.holds_agent()) {
+        (true, false) => {}
+        (true, true) => tracing::warn!(
+            tasks,
+            "tasks in the root cgroup itself are not filtered, also not by the policy for cgroup `/`: the agent is one of them; \
+             start it in a cgroup of its own"
+        ),
+        (false, _) => {
+            tracing::warn!(tasks, "tasks in the root cgroup itself are not filtered; a policy for cgroup `/` would");
+        }
     }
-    let tasks = std::fs::read_to_string(mount.join("cgroup.threads")).map_or(0, |tasks| tasks.lines().count());
-    tracing::warn!(tasks, "tasks in the root cgroup itself are not filtered; a policy for cgroup `/` would");
     Ok(())
 }
 

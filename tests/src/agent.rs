@@ -10,6 +10,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use egress_agent::{
+    control::{Request, ask, socket},
+    run::Reloaded,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -68,6 +72,22 @@ impl Place {
     pub fn tell(&self, command: &mut Command) {
         command.env("EGRESS_PIN_DIR", self.pins()).env("EGRESS_RUN_DIR", self.run.path());
         command.env("EGRESS_EXEC_PIN_DIR", self.exec_pins());
+    }
+
+    /// Has the agent read its policies again, and waits until that is done: the generation in force.
+    pub fn reload(&self) -> Result<u64> {
+        let told: Reloaded = ask(&socket(self.run.path(), &self.pins()), Request::Reload)?;
+        match told.error {
+            Some(error) => bail!("the policies are not in force: {error}"),
+            None => Ok(told.generation),
+        }
+    }
+
+    /// What `status` tells.
+    pub fn status(&self) -> Result<Value> {
+        let output = self.output(&["status", "--output", "json"])?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("no status: {}", String::from_utf8_lossy(&output.stderr)))
     }
 
     /// Runs a command of the agent that ends by itself.

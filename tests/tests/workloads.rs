@@ -5,11 +5,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 
-use std::{fs, net::SocketAddr, path::Path};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
 
+use egress_agent::cgroup::mount_point;
 use egress_tests::{
     actor::{Actor, Identity, On, Outcome, Who},
-    agent::{Agent, Place, binary},
+    agent::{Agent, Place, binary, run_command},
     cgroup::Cgroup,
     dial::{Call, Method},
     eventually,
@@ -69,7 +77,7 @@ struct World {
     namespace: Netns,
     top: Cgroup,
     place: Place,
-    _policies: TempDir,
+    policies: TempDir,
 }
 
 impl World {
@@ -79,13 +87,7 @@ impl World {
         fs::write(policies.path().join("policies.yaml"), documents.concat()).unwrap();
         let place = Place::new().unwrap();
         let agent = Agent::start_in(&place, policies.path(), &top, more).unwrap();
-        Self {
-            agent: Some(agent),
-            namespace: Netns::with_every_address_local().unwrap(),
-            top,
-            place,
-            _policies: policies,
-        }
+        Self { agent: Some(agent), namespace: Netns::with_every_address_local().unwrap(), top, place, policies }
     }
 
     fn agent(&mut self) -> &mut Agent {
@@ -102,7 +104,7 @@ impl World {
 
     /// The next denial, after one is brought about.
     fn denial_of(&mut self, actor: &mut Actor) -> Value {
-        assert_eq!(actor.dial_tcp(denied()).unwrap(), REFUSED);
+        assert_eq!(actor.dial_tcp(to(DENIED)).unwrap(), REFUSED);
         self.next_denial_of(DENIED)
     }
 
@@ -116,14 +118,27 @@ impl World {
         }
     }
 
-    fn status(&self) -> Value {
-        let output = self.place.output(&["status", "--output", "json"]).unwrap();
-        serde_json::from_slice(&output.stdout).unwrap()
+    /// How many cgroups are placed by exactly these policies.
+    fn placed_by(&self, policies: &[&str]) -> usize {
+        let status = self.place.status().unwrap();
+        let policies: Vec<String> = policies.iter().map(|name| format!("EgressPolicy/default/{name}")).collect();
+        let scopes = status["scopes"].as_array().unwrap();
+        let scope = scopes.iter().find(|scope| scope["policies"] == Value::from(policies.clone()));
+        scope.map_or(0, |scope| scope["cgroups"].as_array().unwrap().len())
     }
-}
 
-fn denied() -> SocketAddr {
-    SocketAddr::new(DENIED.parse().unwrap(), 80)
+    /// Elements of the map that the kernel asks for cgroups.
+    fn placements(&self) -> u64 {
+        let status = self.place.status().unwrap();
+        let maps = status["maps"].as_array().unwrap();
+        maps.iter().find(|map| map["name"] == "WORKLOADS").unwrap()["entries"].as_u64().unwrap()
+    }
+
+    fn write(&self, documents: &[String]) {
+        let (new, path) = (self.policies.path().join("new"), self.policies.path().join("policies.yaml"));
+        fs::write(&new, documents.concat()).unwrap();
+        fs::rename(new, path).unwrap();
+    }
 }
 
 /// The names of the policies, of `a`, `b` and `c`, whose address is reached.
@@ -234,9 +249,9 @@ fn an_audit_policy_reports_for_those_it_selects_and_changes_nothing() {
     let allow = document("all", "services: [], defaultAction: Allow");
     let mut world = World::new(top, &[audit, allow], &[]);
     let mut actor = world.actor(&other);
-    assert_eq!((open(&mut actor), actor.dial_tcp(denied()).unwrap()), ("abc".to_owned(), NOBODY_THERE));
+    assert_eq!((open(&mut actor), actor.dial_tcp(to(DENIED)).unwrap()), ("abc".to_owned(), NOBODY_THERE));
     let mut actor = world.actor(&audited);
-    assert_eq!(actor.dial_tcp(denied()).unwrap(), NOBODY_THERE);
+    assert_eq!(actor.dial_tcp(to(DENIED)).unwrap(), NOBODY_THERE);
     // The first that is reported: the other cgroup was not.
     let report = world.agent().denial().unwrap();
     assert_eq!((&report["verdict"], &report["rule"]["name"]), (&"would_deny".into(), &"b".into()), "{report}");
@@ -512,7 +527,7 @@ fn status_tells_each_scope_with_its_policies_cgroups_and_users() {
     let documents =
         [policy("a", &below(&top, "/t*")), policy("b", &at(&one)), policy("c", &format!("{{ user: {USER} }}"))];
     let world = World::new(top, &documents, &[]);
-    let status = world.status();
+    let status = world.place.status().unwrap();
     let mut told: Vec<Value> = status["scopes"].as_array().unwrap().clone();
     told.sort_by_key(|scope| (scope["users"].to_string(), scope["policies"].to_string()));
     let told: Vec<_> = told
@@ -539,4 +554,273 @@ fn status_tells_each_scope_with_its_policies_cgroups_and_users() {
     assert_eq!(told, expected);
     let text = String::from_utf8(world.place.output(&["status", "--output", "text"]).unwrap().stdout).unwrap();
     assert!(text.contains("EgressPolicy/default/a; 2 workloads"), "{text}");
+}
+
+/// Attaches to the root of this machine: with nothing but Allow for all that no test made.
+fn at_the_root(documents: &[String]) -> (Agent, TempDir) {
+    let policies = tempfile::tempdir().unwrap();
+    fs::write(policies.path().join("policies.yaml"), documents.concat()).unwrap();
+    let mut command = run_command(policies.path(), &mount_point().unwrap(), &["--default", "Allow"]).unwrap();
+    command.args(["--unknown-workloads", "Inherit"]);
+    let mut agent = Agent::spawn(command).unwrap();
+    agent.wait_for("policy applied generation=1 ").unwrap();
+    (agent, policies)
+}
+
+#[test]
+fn at_the_root_the_tasks_of_the_root_cgroup_pass_and_the_start_counts_them() {
+    let [selected, other] = [(); 2].map(|()| Cgroup::new().unwrap());
+    let inner = selected.child("inner").unwrap();
+    let namespace = Netns::with_every_address_local().unwrap();
+    let every = policy("b", "{ cgroup: 'no-such-*' }, { unit: no-such.service }, { user: 4700003 }");
+    let (mut agent, _policies) = at_the_root(&[policy("a", &at(&selected)), every]);
+    let warning = agent.log().iter().find(|line| line.contains("in the root cgroup itself")).unwrap().clone();
+    let tasks: usize = warning.split("tasks=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(warning.contains("WARN") && tasks > 0, "{warning}");
+    let mut actor = Actor::start(&namespace, &selected, None).unwrap();
+    actor.make_socket().unwrap();
+    for (cgroup, expected) in [(&selected, "a"), (&inner, "a"), (&other, "abc")] {
+        actor.move_to(cgroup).unwrap();
+        assert_eq!(open(&mut actor), expected, "{}", cgroup.name());
+    }
+    fs::write(mount_point().unwrap().join("cgroup.procs"), actor.pid().to_string()).unwrap();
+    assert_eq!((open(&mut actor), open_with_made(&mut actor)), ("abc".to_owned(), "abc".to_owned()));
+    // One that is made later.
+    let later = selected.child("later").unwrap();
+    actor.move_to(&later).unwrap();
+    assert_eq!(open(&mut actor), "a");
+    drop(actor);
+}
+
+#[test]
+fn an_agent_in_the_root_cgroup_says_that_no_policy_can_name_it() {
+    let only_allows = document("root", "workloads: [{ cgroup: / }], defaultAction: Allow");
+    let (mut agent, _policies) = at_the_root(&[only_allows]);
+    let warning = agent.log().iter().find(|line| line.contains("in the root cgroup itself")).unwrap();
+    assert!(warning.contains("WARN") && warning.contains("the agent is one of them"), "{warning}");
+}
+
+#[test]
+fn a_start_that_would_refuse_the_whole_host_needs_force() {
+    let policies = tempfile::tempdir().unwrap();
+    let command = run_command(policies.path(), &mount_point().unwrap(), &["--default", "Deny"]).unwrap();
+    let mut agent = Agent::spawn(command).unwrap();
+    assert_eq!(agent.exit_status().unwrap().code(), Some(2));
+    let (_, log) = agent.rest().unwrap();
+    assert!(log.join("\n").contains("--force"), "{log:#?}");
+}
+
+#[test]
+fn removed_cgroups_are_forgotten_and_their_names_can_be_used_again() {
+    let top = Cgroup::new().unwrap();
+    let cgroups: Vec<Cgroup> = (0..5).map(|number| top.child(&format!("web-{number}")).unwrap()).collect();
+    let world = World::new(top, &[policy("a", &web(&cgroups[0]))], &["--default", "Allow"]);
+    let before = world.placements();
+    assert_eq!(world.placed_by(&["a"]), 5);
+    let mut actor = world.actor(&world.top);
+    for round in 0..3 {
+        cgroups[1..].iter().for_each(|cgroup| fs::remove_dir(cgroup.path()).unwrap());
+        eventually("four cgroups to be forgotten", || (world.placements() == before - 4).then_some(())).unwrap();
+        assert_eq!(world.placed_by(&["a"]), 1);
+        cgroups[1..].iter().for_each(|cgroup| fs::create_dir(cgroup.path()).unwrap());
+        actor.move_to(&cgroups[1 + round]).unwrap();
+        becomes(&mut actor, "a");
+        actor.move_to(&world.top).unwrap();
+        eventually("all to be placed", || (world.placed_by(&["a"]) == 5).then_some(())).unwrap();
+    }
+    drop(actor);
+}
+
+/// `workloads` for the neighbours of a cgroup whose names begin as its own.
+fn web(one: &Cgroup) -> String {
+    let name = one.name();
+    let (parent, _) = name.trim_start_matches('/').rsplit_once('/').unwrap();
+    format!("{{ cgroup: '{parent}/web-*' }}")
+}
+
+/// A flag that is raised when this is dropped, also by a test that fails: who waits for it must not wait for ever.
+struct Raised<'a>(&'a AtomicBool);
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn cgroups_that_come_and_go_leave_nothing_behind_and_disturb_nobody() {
+    const CHURN: usize = 1_000;
+    let top = Cgroup::new().unwrap();
+    let steady = top.child("web-steady").unwrap();
+    let world = World::new(top, &[policy("a", &web(&steady))], &[]);
+    let before = world.placements();
+    let is_over = AtomicBool::new(false);
+    let mut actor = world.actor(&steady);
+    let dials = thread::scope(|threads| {
+        let end = Raised(&is_over);
+        let dialling = threads.spawn(|| {
+            let mut dials = 0_u32;
+            while !is_over.load(Ordering::Relaxed) {
+                assert_eq!(open(&mut actor), "a", "after {dials} dials");
+                dials += 1;
+            }
+            dials
+        });
+        for number in 0..CHURN {
+            let path = world.top.path().join(format!("web-{number}"));
+            fs::create_dir(&path).unwrap();
+            fs::remove_dir(&path).unwrap();
+        }
+        // More than there is room for beside the first, all there at once.
+        let many: Vec<Cgroup> =
+            (0..CHURN * 2).map(|number| world.top.child(&format!("web-many-{number}")).unwrap()).collect();
+        let all = many.len() + 1;
+        eventually("all to be placed", || (world.placed_by(&["a"]) == all).then_some(())).unwrap();
+        assert!(world.placements() >= all as u64);
+        many.iter().for_each(|cgroup| fs::remove_dir(cgroup.path()).unwrap());
+        eventually("all to be forgotten", || (world.placements() == before).then_some(())).unwrap();
+        drop(end);
+        dialling.join().unwrap()
+    });
+    assert!(dials > 100, "{dials}");
+    assert_eq!(world.placed_by(&["a"]), 1);
+}
+
+#[test]
+fn more_cgroups_at_once_than_there_was_room_for_are_placed() {
+    const MANY: usize = 1_500;
+    let top = Cgroup::new().unwrap();
+    let first = top.child("web-first").unwrap();
+    let world = World::new(top, &[policy("a", &web(&first))], &[]);
+    // It finds all of them at once, and none that went.
+    world.agent.as_ref().unwrap().signal(Signal::STOP).unwrap();
+    let cgroups: Vec<Cgroup> = (0..MANY).map(|number| world.top.child(&format!("web-{number}")).unwrap()).collect();
+    world.agent.as_ref().unwrap().signal(Signal::CONT).unwrap();
+    let mut actor = world.actor(&cgroups[MANY - 1]);
+    becomes(&mut actor, "a");
+    assert_eq!(world.placed_by(&["a"]), MANY + 1);
+    assert_eq!(world.placements(), MANY as u64 + 3, "with the top, and what holds elsewhere");
+}
+
+/// Of a process, in MB: what it has in memory. In seconds: what it took of the CPUs.
+fn usage(pid: u32) -> (u64, f64) {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // Fields 14 and 15 of `proc_pid_stat(5)`; what is cut off here are the first two.
+    let ticks = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().skip(11).take(2);
+    let ticks: u32 = ticks.map(|ticks| ticks.parse::<u32>().unwrap()).sum();
+    (resident.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1000, f64::from(ticks) / 100.0)
+}
+
+#[test]
+fn ten_thousand_cgroups_are_placed_and_one_more_soon() {
+    const MANY: usize = 10_000;
+    let top = Cgroup::new().unwrap();
+    let cgroups: Vec<Cgroup> = (0..MANY).map(|number| top.child(&format!("web-{number}")).unwrap()).collect();
+    let start = Instant::now();
+    let world = World::new(top, &[policy("a", &web(&cgroups[0]))], &[]);
+    let (started, pid) = (start.elapsed(), world.agent.as_ref().unwrap().pid());
+    let (memory, cpu) = usage(pid);
+    assert_eq!(world.placed_by(&["a"]), MANY);
+
+    let mut actor = world.actor(&cgroups[MANY / 2]);
+    assert_eq!(open(&mut actor), "a");
+    let mut slowest = Duration::ZERO;
+    for number in 0..10 {
+        let start = Instant::now();
+        let more = world.top.child(&format!("web-more-{number}")).unwrap();
+        actor.move_to(&more).unwrap();
+        while open(&mut actor) != "a" {}
+        slowest = slowest.max(start.elapsed());
+        actor.move_to(&world.top).unwrap();
+    }
+    drop(actor);
+    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    let (memory_after, cpu_after) = usage(pid);
+    println!(
+        "{MANY} cgroups: started in {started:?}, {memory} MB, {cpu} s of CPU; one more is placed in at most {slowest:?}; \
+         after ten more {memory_after} MB, {cpu_after} s"
+    );
+}
+
+/// What every policy of [`flows_that_both_policies_allow_are_never_refused`] opens, and one that none opens.
+const COMMON: &str = "192.0.2.100";
+const NEVER: &str = "192.0.2.200";
+
+fn opens_common(name: &str, workloads: &str) -> String {
+    let common = format!("allow: [{{ to: [{{ cidr: {COMMON}/32 }}], ports: [{{ protocol: UDP }}] }}, ");
+    policy(name, workloads).replace("allow: [", &common)
+}
+
+#[test]
+fn flows_that_both_policies_allow_are_never_refused() {
+    const SWAPS: usize = 200;
+    let top = Cgroup::new().unwrap();
+    let [one, two] = ["one", "two"].map(|name| top.child(name).unwrap());
+    let inner = one.child("inner").unwrap();
+    let user = format!("{{ user: {USER} }}");
+    let entry = format!(
+        "---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{ name: common }}\n\
+         spec: {{ hosts: [a.example.com], addresses: [{COMMON}], ports: [{{ number: 80, name: u, protocol: UDP }}] }}\n"
+    );
+    let (one_, two_) = (at(&one), at(&two));
+    let variants: Vec<[String; 3]> = [
+        (one_.clone(), two_.clone()),
+        (two_.clone(), one_.clone()),
+        (below(&top, "/*"), user.clone()),
+        (below(&top, "/**/inner"), one_),
+        (user, at(&top)),
+        (below(&top, "/nobody"), two_),
+    ]
+    .into_iter()
+    .map(|(a, b)| [opens_common("a", &a), opens_common("b", &b), entry.clone()])
+    .collect();
+    let world = World::new(top, &variants[0], &[]);
+    let is_over = AtomicBool::new(false);
+    let mut actors = [
+        world.actor(&one),
+        world.actor(&two),
+        world.actor(&inner),
+        world.actor_as(&two, Identity::User(USER)),
+        world.actor_as(&world.top, Identity::User(USER)),
+    ];
+    let dials: Vec<u32> = thread::scope(|threads| {
+        let end = Raised(&is_over);
+        let dialling: Vec<_> = actors
+            .iter_mut()
+            .enumerate()
+            .map(|(index, actor)| {
+                let is_over = &is_over;
+                threads.spawn(move || {
+                    let mut dials = 0;
+                    while !is_over.load(Ordering::Relaxed) {
+                        // Leaves the agent some of the CPUs.
+                        thread::sleep(Duration::from_micros(200));
+                        assert_eq!(actor.send_udp(to(COMMON)).unwrap(), Ok(()), "actor {index} after {dials} dials");
+                        assert_eq!(actor.send_udp(to(NEVER)).unwrap(), REFUSED, "actor {index} after {dials} dials");
+                        dials += 1;
+                    }
+                    dials
+                })
+            })
+            .collect();
+        for swap in 1..=SWAPS {
+            world.write(&variants[swap % variants.len()]);
+            world.place.reload().unwrap();
+            if dialling.iter().any(|thread| thread.is_finished()) {
+                break;
+            }
+        }
+        drop(end);
+        dialling.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(dials.iter().all(|&dials| dials > 100), "{dials:?}");
+    let generation = world.place.status().unwrap()["policy"]["generation"].as_u64().unwrap();
+    assert!(generation > SWAPS as u64, "{generation}");
+    println!("{SWAPS} swaps, {} dials each way", dials.iter().sum::<u32>());
+}
+
+fn to(address: &str) -> SocketAddr {
+    SocketAddr::new(address.parse().unwrap(), 80)
 }
