@@ -149,10 +149,15 @@ impl Dataplane {
         let size = self.fits(layout)?;
         let plan = plan(&self.live, layout, change)?;
         let is_changed = plan.live != self.live;
-        let filled = self.fill(&plan.steps, layout).map_err(|error| (error, None));
-        let make = |step| self.make(step).map_err(|error| (error, Some(step)));
-        if let Err((error, failed)) = filled.and_then(|()| plan.steps.iter().try_for_each(make)) {
-            match failed {
+        let mut last = None;
+        let made = self.fill(&plan.steps, layout).and_then(|()| {
+            plan.steps.iter().try_for_each(|step| {
+                last = Some(step);
+                self.make(step)
+            })
+        });
+        if let Err(error) = made {
+            match last {
                 Some(Step::Insert(_)) => self.keep_filled(plan.live),
                 _ => self.forget(&plan.live),
             }
