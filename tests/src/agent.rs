@@ -83,13 +83,6 @@ impl Place {
         }
     }
 
-    /// What `status` tells.
-    pub fn status(&self) -> Result<Value> {
-        let output = self.output(&["status", "--output", "json"])?;
-        serde_json::from_slice(&output.stdout)
-            .with_context(|| format!("no status: {}", String::from_utf8_lossy(&output.stderr)))
-    }
-
     /// Runs a command of the agent that ends by itself.
     pub fn output(&self, args: &[&str]) -> Result<Output> {
         let mut command = Command::new(binary()?);

@@ -120,7 +120,7 @@ impl World {
 
     /// How many cgroups are placed by exactly these policies.
     fn placed_by(&self, policies: &[&str]) -> usize {
-        let status = self.place.status().unwrap();
+        let status = self.place.status().unwrap().1;
         let policies: Vec<String> = policies.iter().map(|name| format!("EgressPolicy/default/{name}")).collect();
         let scopes = status["scopes"].as_array().unwrap();
         let scope = scopes.iter().find(|scope| scope["policies"] == Value::from(policies.clone()));
@@ -129,7 +129,7 @@ impl World {
 
     /// Elements of the map that the kernel asks for cgroups.
     fn placements(&self) -> u64 {
-        let status = self.place.status().unwrap();
+        let status = self.place.status().unwrap().1;
         let maps = status["maps"].as_array().unwrap();
         maps.iter().find(|map| map["name"] == "WORKLOADS").unwrap()["entries"].as_u64().unwrap()
     }
@@ -527,7 +527,7 @@ fn status_tells_each_scope_with_its_policies_cgroups_and_users() {
     let documents =
         [policy("a", &below(&top, "/t*")), policy("b", &at(&one)), policy("c", &format!("{{ user: {USER} }}"))];
     let world = World::new(top, &documents, &[]);
-    let status = world.place.status().unwrap();
+    let status = world.place.status().unwrap().1;
     let mut told: Vec<Value> = status["scopes"].as_array().unwrap().clone();
     told.sort_by_key(|scope| (scope["users"].to_string(), scope["policies"].to_string()));
     let told: Vec<_> = told
@@ -816,7 +816,7 @@ fn flows_that_both_policies_allow_are_never_refused() {
         dialling.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert!(dials.iter().all(|&dials| dials > 100), "{dials:?}");
-    let generation = world.place.status().unwrap()["policy"]["generation"].as_u64().unwrap();
+    let generation = world.place.status().unwrap().1["policy"]["generation"].as_u64().unwrap();
     assert!(generation > SWAPS as u64, "{generation}");
     println!("{SWAPS} swaps, {} dials each way", dials.iter().sum::<u32>());
 }
