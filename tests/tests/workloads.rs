@@ -677,7 +677,9 @@ fn cgroups_that_come_and_go_leave_nothing_behind_and_disturb_nobody() {
         let all = many.len() + 1;
         eventually("all to be placed", || (world.placed_by(&["a"]) == all).then_some(())).unwrap();
         assert!(world.placements() >= all as u64);
-        many.iter().for_each(|cgroup| fs::remove_dir(cgroup.path()).unwrap());
+        for cgroup in &many {
+            fs::remove_dir(cgroup.path()).unwrap();
+        }
         eventually("all to be forgotten", || (world.placements() == before).then_some(())).unwrap();
         drop(end);
         dialling.join().unwrap()
@@ -808,7 +810,7 @@ fn flows_that_both_policies_allow_are_never_refused() {
         for swap in 1..=SWAPS {
             world.write(&variants[swap % variants.len()]);
             world.place.reload().unwrap();
-            if dialling.iter().any(|thread| thread.is_finished()) {
+            if dialling.iter().any(std::thread::ScopedJoinHandle::is_finished) {
                 break;
             }
         }
