@@ -189,7 +189,7 @@ fn cgroup2_path(cgroups: &[u8]) -> Option<PathBuf> {
 }
 
 /// Every directory of a mount. What goes away meanwhile is no longer there to be listed.
-fn directories(mount: &Path) -> impl Iterator<Item = PathBuf> {
+pub(crate) fn directories(mount: &Path) -> impl Iterator<Item = PathBuf> {
     let mut todo = vec![mount.to_owned()];
     std::iter::from_fn(move || {
         let directory = todo.pop()?;

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::{
+    ffi::OsString,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
@@ -11,6 +12,8 @@ use crate::{compile::NodeAction, policy::L4, scopes::UnknownWorkloads, settings:
 
 /// Where rules are pinned by default.
 const PIN_DIRECTORY: &str = "/sys/fs/bpf/egress";
+/// Where `exec` pins the rules of its commands by default.
+pub(crate) const EXEC_PIN_DIRECTORY: &str = "/sys/fs/bpf/egress-exec";
 /// Where control sockets lie by default.
 const RUN_DIRECTORY: &str = "/run/egress";
 
@@ -38,6 +41,8 @@ pub struct Cli {
 pub enum Command {
     /// Enforce policies on a cgroup and all below it, and report what they refuse.
     Run(RunArgs),
+    /// Run one command behind a policy.
+    Exec(ExecArgs),
     /// Tell what is in force.
     Status(StatusArgs),
     /// Have the running agent read its policies again.
@@ -85,6 +90,7 @@ Exit status: 0 asked to stop, 1 policy invalid at start, 2 usage, 4 kernel or pr
 
 Example:
   egress-agent run --policies /etc/egress/policies --cgroup system.slice/ratings.service")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own on the command line")]
 pub struct RunArgs {
     /// A policy file, or a directory of *.yaml, *.yml and *.json files; may be given several times. In the environment,
     /// several are separated by `:`.
@@ -114,6 +120,9 @@ pub struct RunArgs {
     /// How long a start waits for the addresses of names; what comes later is put in force when it comes.
     #[arg(long, value_name = "SECONDS", env = "EGRESS_RESOLVE_WAIT", default_value_t = 5)]
     pub resolve_wait: u64,
+    /// No name is asked for again sooner, however short its answer is good for.
+    #[arg(long, value_name = "SECONDS", env = "EGRESS_NAME_FLOOR", default_value_t = 5)]
+    pub name_floor: u64,
     /// How long an address stays open after it left the answer for its name.
     #[arg(long, value_name = "SECONDS", env = "EGRESS_NAME_GRACE", default_value_t = 300)]
     pub name_grace: u64,
@@ -135,6 +144,56 @@ pub struct RunArgs {
     /// How denials are written; text on a terminal, else JSON lines.
     #[arg(long, value_name = "FORMAT", env = "EGRESS_OUTPUT")]
     pub output: Option<Output>,
+}
+
+/// Arguments of `exec`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The command runs in a cgroup of its own, made below that of whoever starts it, so that an agent that filters there judges it
+too: both must allow. The policy is read once. Denials go to stderr as they happen; at the end comes what was refused, how
+often, and a policy that would allow it. Stdin, stdout and the terminal are the command's; it inherits no other descriptors,
+since a socket made outside is not filtered.
+
+Needs root. Through sudo the command runs as whoever called sudo, else as root, or as --user says. If that is not root, programs
+with the set-user-ID bit, such as sudo, give it no privileges: root could leave the cgroup. A command of root is not confined
+against its own will.
+
+SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGWINCH are passed to the command; SIGINT and SIGQUIT reach it from the terminal. The rules
+hold for everything the command starts, until the last of it has ended, even if `exec` is killed; what is left then is removed
+by the next start of `exec` or `run`.
+
+Exit status: that of the command, 128+n if signal n ended it; 125 the agent failed, 126 the command cannot be run, 127 it is not
+there.
+
+Examples:
+  sudo egress-agent exec --policies mysql.yaml -- npm test
+  sudo egress-agent exec --default Audit -- ./configure")]
+pub struct ExecArgs {
+    /// A policy file, or a directory of *.yaml, *.yml and *.json files; may be given several times. Without it, nothing is
+    /// open but what --default opens.
+    #[arg(long, value_name = "PATH")]
+    pub policies: Vec<PathBuf>,
+    /// What holds if no enforcing `EgressPolicy` selects the command.
+    #[arg(long, value_name = "ACTION", default_value = "Deny", ignore_case = true)]
+    pub default: NodeAction,
+    /// Do not open loopback addresses by default.
+    #[arg(long)]
+    pub no_loopback: bool,
+    /// Do not open the resolvers of /etc/resolv.conf by default.
+    #[arg(long)]
+    pub no_dns: bool,
+    /// Run the command as this user, by name or number.
+    #[arg(long, value_name = "USER")]
+    pub user: Option<String>,
+    /// A directory on a bpf file system that keeps the rules of all commands in force.
+    #[arg(long, value_name = "DIR", env = "EGRESS_EXEC_PIN_DIR", default_value = EXEC_PIN_DIRECTORY)]
+    pub pin_dir: PathBuf,
+    /// How denials are written.
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub output: Output,
+    /// The command and its arguments.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<OsString>,
 }
 
 /// Where an agent is found.

@@ -3,6 +3,7 @@
 //! It lies in the run directory, one for each pin directory, and answers root alone.
 
 use std::{
+    fmt::Write as _,
     fs::{self, DirBuilder},
     io::{self, BufRead, BufReader, Write},
     os::unix::{
@@ -37,7 +38,7 @@ impl Request {
     const fn patience(self) -> Duration {
         match self {
             Self::Status => Duration::from_secs(2),
-            Self::Reload => Duration::from_secs(600),
+            Self::Reload => Duration::from_mins(10),
         }
     }
 }
@@ -57,9 +58,18 @@ pub fn socket(run_directory: &Path, pins: &Path) -> PathBuf {
     let name = if name.len() <= LONGEST && name.iter().all(is_plain) {
         String::from_utf8_lossy(name).trim_matches('/').replace('/', "-")
     } else {
-        Sha256::digest(name).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+        hexadecimal(&Sha256::digest(name)[..16])
     };
     run_directory.join(format!("{name}.sock"))
+}
+
+/// Two digits for each byte.
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Answers until dropped. The socket is removed then.
@@ -89,7 +99,7 @@ impl Control {
         let (sender, requests) = mpsc::channel(16);
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(tokio::time::timeout(Duration::from_secs(600), serve(stream, sender.clone())));
+                tokio::spawn(tokio::time::timeout(Duration::from_mins(10), serve(stream, sender.clone())));
             }
         });
         Ok(Self { path, requests })

@@ -19,7 +19,7 @@ use aya::{
 use egress_common::{Counter, Hook, Meta, Placement, RuleId, Scope, UserKey, map};
 use zerocopy::transmute;
 
-use crate::{cgroup::Cgroup, pins::PinSet, scopes::Layout};
+use crate::{cgroup::Cgroup, pins::PinSet, privileges, scopes::Layout};
 
 mod contents;
 mod error;
@@ -34,7 +34,7 @@ pub use error::DataplaneError;
 use ids::RuleIds;
 pub use ids::RuleNames;
 pub use plan::Change;
-use plan::{Live, Step, plan};
+use plan::{Live, Step, plan, room};
 use slots::Slots;
 
 /// What `WORKLOADS` points to, in bytes: cgroup id → [`Placement`].
@@ -50,6 +50,8 @@ const SEGMENT_BYTES: u64 = 12;
 pub struct Dataplane {
     ebpf: Ebpf,
     pins: PinSet,
+    /// Where the file system with the pins is gone, the links end with the agent.
+    unpinned: Vec<FdLink>,
     workloads: ArrayOfMaps<MapData, Placements>,
     /// What it points to.
     placements: Option<Placements>,
@@ -60,6 +62,8 @@ pub struct Dataplane {
     live: Live,
     /// The number of each scope of the layout in force.
     numbers: Vec<Scope>,
+    /// What is no longer used, and still there.
+    left: Vec<Step>,
     /// The kernel's ids for the rules of each scope.
     ids_of: HashMap<Scope, Vec<RuleId>>,
     rules: RuleIds,
@@ -98,7 +102,7 @@ pub fn probe() -> Result<(), DataplaneError> {
     if kernel_version(&release).is_some_and(|version| version < (5, 10)) {
         return Err(DataplaneError::KernelTooOld { found: release });
     }
-    Ok(())
+    if privileges::may_start() { Ok(()) } else { Err(DataplaneError::Privilege) }
 }
 
 pub(crate) fn kernel_version(release: &str) -> Option<(u32, u32)> {
@@ -130,29 +134,40 @@ impl Dataplane {
             meta: take(&mut ebpf, map::META)?,
             ebpf,
             pins,
+            unpinned: Vec::new(),
             written: Meta::new(std::process::id(), env!("CARGO_PKG_VERSION")),
             live: Live::default(),
             numbers: Vec::new(),
+            left: Vec::new(),
             ids_of: HashMap::new(),
             rules: RuleIds::default(),
             memory_limit,
         })
     }
 
-    /// Brings the kernel to hold a layout. If anything fails, what was in force stays in force.
+    /// Brings the kernel to hold a layout. If anything fails, what was in force stays in force. What is no longer used is
+    /// left for [`Dataplane::clean`].
     pub fn apply(&mut self, layout: &Layout, change: Change) -> Result<Applied, DataplaneError> {
+        self.clean();
         let size = self.fits(layout)?;
         let plan = plan(&self.live, layout, change)?;
         let is_changed = plan.live != self.live;
-        let made = self.fill(&plan.steps, layout).and_then(|()| plan.steps.iter().try_for_each(|step| self.make(step)));
+        let mut last = None;
+        let made = self.fill(&plan.steps, layout).and_then(|()| {
+            plan.steps.iter().try_for_each(|step| {
+                last = Some(step);
+                self.make(step)
+            })
+        });
         if let Err(error) = made {
-            self.forget(&plan.live);
+            match last {
+                Some(Step::Insert(_)) => self.keep_filled(plan.live),
+                _ => self.forget(&plan.live),
+            }
             return Err(error);
         }
         (self.live, self.numbers) = (plan.live, plan.numbers);
-        for error in plan.cleanup.iter().filter_map(|step| self.make(step).err()) {
-            tracing::warn!(%error, "what is no longer used stays in memory");
-        }
+        self.left = plan.cleanup;
         let live = &self.live;
         self.ids_of.retain(|scope, _| live.scopes.contains_key(scope));
         if change == Change::Policy && is_changed {
@@ -161,6 +176,15 @@ impl Dataplane {
             self.rules.retire(self.ids_of.values().flatten().copied().collect());
         }
         Ok(Applied { generation: self.written.generation(), is_changed, rules: self.rules.in_force(), ..size })
+    }
+
+    /// Removes what the last change left. Takes as long as the kernel's grace period, and nobody waits for it.
+    pub fn clean(&mut self) {
+        for step in std::mem::take(&mut self.left) {
+            if let Err(error) = self.make(&step) {
+                tracing::warn!(%error, "what is no longer used stays in memory");
+            }
+        }
     }
 
     /// What a layout takes, if it may.
@@ -216,15 +240,21 @@ impl Dataplane {
         self.users.remove(&key).map_err(|cause| failed(map::USERS, "empty", cause))
     }
 
-    /// Leaves room for as many cgroups again, so that new ones can be inserted.
     fn exchange(&mut self, contents: &BTreeMap<u64, Placement>) -> Result<(), DataplaneError> {
-        let room = u32::try_from(contents.len() * 2).unwrap_or(u32::MAX).max(1024);
+        let room = u32::try_from(room(contents.len())).unwrap_or(u32::MAX);
         let create = |cause| failed(map::WORKLOADS, "create", cause);
         let mut placements = Placements::create(room, NO_PREALLOC).map_err(create)?;
         insert(&mut placements, contents)?;
         self.workloads.set(0, &placements, 0).map_err(|cause| failed(map::WORKLOADS, "exchange", cause))?;
         self.placements = Some(placements);
         Ok(())
+    }
+
+    /// After some of the new cgroups could not be inserted. Those that were point to what was filled, so it stays until
+    /// everything is exchanged.
+    fn keep_filled(&mut self, planned: Live) {
+        let Live { scopes, deepest, .. } = planned;
+        (self.live.scopes, self.live.deepest, self.live.is_untidy) = (scopes, deepest, true);
     }
 
     /// After a change that failed: removes what it filled. The numbers are free again whether or not that succeeds.
@@ -261,6 +291,10 @@ impl Dataplane {
             let link = program.take_link(link).map_err(failed)?;
             links.push((hook, FdLink::try_from(link).map_err(|_| DataplaneError::NoLinks)?));
         }
+        if !self.pins.is_there() {
+            self.unpinned = links.into_iter().map(|(_, link)| link).collect();
+            return Ok(());
+        }
         // Links that are not pinned are undone when dropped.
         links.into_iter().try_for_each(|(hook, link)| Ok(self.pins.pin_link(hook, link)?))
     }
@@ -285,7 +319,7 @@ impl Dataplane {
         &self.written
     }
 
-    /// Whether cgroups that are gone are still placed.
+    /// Whether cgroups that are gone are still placed, or others could not be.
     pub const fn is_untidy(&self) -> bool {
         self.live.is_untidy
     }

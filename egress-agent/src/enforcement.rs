@@ -11,7 +11,7 @@ use crate::{
     cgroup::{self, Cgroup},
     dataplane::{Applied, Change, Dataplane, DataplaneError},
     hierarchy::{Changed, Hierarchy},
-    policy::load::watched,
+    policy::load::Watched,
     ruleset::Ruleset,
     run::{RunError, chain, system},
     scopes::{Layout, Node, Scope, Seat, Selector},
@@ -35,6 +35,8 @@ pub(crate) struct Enforcement {
     /// Where its going and coming is noticed.
     watch: Watch,
     hierarchy: Hierarchy,
+    /// Some cgroups that came could not be looked at.
+    is_behind: bool,
     /// The agent's own cgroup.
     agent: Option<Cgroup>,
     selector: Selector,
@@ -65,10 +67,16 @@ impl Target {
     pub(crate) fn open(given: &Path, mount: &Path) -> Result<Self, RunError> {
         let cgroup = Cgroup::open(given, mount)?;
         let agent = cgroup::own(mount);
-        if agent.as_ref().is_some_and(|agent| agent.id == cgroup.id) && !cgroup.is_root() {
-            return Err(RunError::OwnCgroup { path: cgroup.path });
+        let target = Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent };
+        if target.holds_agent() && !target.cgroup.is_root() {
+            return Err(RunError::OwnCgroup { path: target.cgroup.path });
         }
-        Ok(Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent })
+        Ok(target)
+    }
+
+    /// Whether it is the agent's own cgroup: the root.
+    pub(crate) fn holds_agent(&self) -> bool {
+        self.agent.as_ref().is_some_and(|agent| agent.id == self.cgroup.id)
     }
 }
 
@@ -80,10 +88,21 @@ impl Enforcement {
         let hierarchy = Hierarchy::new(&mount, &cgroup.path, always).map_err(system(CANNOT_WATCH))?;
         let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
         let directory = mount.join(cgroup.path.strip_prefix("/").unwrap_or(&cgroup.path));
-        watch.set(watched(&[directory])).map_err(system(CANNOT_WATCH))?;
-        let (is_attached, is_pinned, layout) = (false, true, Layout::default());
-        let mut enforcement =
-            Self { given, mount, cgroup, is_attached, is_pinned, watch, hierarchy, agent, selector, layout, dataplane };
+        watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
+        let mut enforcement = Self {
+            given,
+            mount,
+            cgroup,
+            is_attached: false,
+            is_pinned: true,
+            watch,
+            hierarchy,
+            is_behind: false,
+            agent,
+            selector,
+            layout: Layout::default(),
+            dataplane,
+        };
         let applied = enforcement.place(Change::Policy)?;
         Ok((enforcement, applied))
     }
@@ -107,6 +126,11 @@ impl Enforcement {
         applied
     }
 
+    /// Removes what the last change left behind.
+    pub(crate) fn clean(&mut self) {
+        self.dataplane.clean();
+    }
+
     fn look(&mut self) -> Result<(), RunError> {
         let selector = &self.selector;
         self.hierarchy.look(&|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))
@@ -115,6 +139,7 @@ impl Enforcement {
     /// Looks at all cgroups and places them.
     fn place(&mut self, change: Change) -> Result<Applied, RunError> {
         self.look()?;
+        self.is_behind = false;
         self.apply(change)
     }
 
@@ -145,25 +170,34 @@ impl Enforcement {
     fn follow_cgroups(&mut self, changed: Changed) {
         let selector = &self.selector;
         let updated = self.hierarchy.update(changed, &|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH));
+        self.is_behind |= updated.is_err();
         if let Err(error) = updated.and_then(|()| self.apply(Change::Cgroups)) {
             tracing::error!(error = %chain(&error), "cannot place new cgroups: they are refused, or judged as their parents");
         }
     }
 
-    /// Forgets cgroups that went, and attaches again where the cgroup was made anew.
+    /// Forgets cgroups that went, and places those that could not be placed before.
+    fn catch_up(&mut self) -> Result<(), RunError> {
+        if self.is_behind {
+            self.place(Change::Tidy)?;
+        } else if self.dataplane.is_untidy() {
+            self.apply(Change::Tidy)?;
+        }
+        Ok(())
+    }
+
+    /// Catches up with cgroups that came and went, and attaches again where the cgroup was made anew.
     pub(crate) fn look_after(&mut self) {
         self.look_for_pins();
-        if self.dataplane.is_untidy()
-            && let Err(error) = self.apply(Change::Tidy)
-        {
-            tracing::error!(error = %chain(&error), "cannot forget cgroups that are gone");
+        if let Err(error) = self.catch_up() {
+            tracing::error!(error = %chain(&error), "cannot follow the cgroups that came and went");
         }
         let cgroup = self.cgroup.path.display();
         match Cgroup::open(&self.given, &self.mount) {
             Ok(found) if self.is_attached && found.id == self.cgroup.id => {}
             Ok(found) => match self.attach_anew(found) {
                 Ok(()) => {
-                    tracing::warn!(cgroup = %self.cgroup.path.display(), "the cgroup was made anew: attached again")
+                    tracing::warn!(cgroup = %self.cgroup.path.display(), "the cgroup was made anew: attached again");
                 }
                 Err(error) => tracing::error!(error = %chain(&error), "cannot attach again: nothing is filtered"),
             },

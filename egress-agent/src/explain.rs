@@ -161,6 +161,8 @@ impl<'a> Explainer<'a> {
         let decision = self.ruleset.decide(&to.flow());
         let to_allow = match decision.verdict {
             Verdict::Deny => self.to_allow(to, decision),
+            // No policy is there to be opened, so an entry for `--default Deny` is what will be needed.
+            Verdict::WouldDeny if self.selecting.is_empty() => self.to_allow(to, decision),
             Verdict::Allow | Verdict::WouldDeny => None,
         };
         let other_rules = Some(self.other_rules(to, self.ruleset.rule(&decision)));

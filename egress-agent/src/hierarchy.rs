@@ -69,10 +69,11 @@ impl Hierarchy {
         self.known.iter().map(node).collect()
     }
 
-    /// Looks at everything again: the top, and the children of all that `looks_below` wants looked into.
+    /// Looks at everything again: the top, and the children of all that `looks_below` wants looked into. If that fails,
+    /// what was known stays known.
     pub(crate) fn look(&mut self, looks_below: &dyn Fn(&str) -> bool) -> io::Result<()> {
-        self.known.clear();
-        self.visit(self.top.clone(), looks_below)
+        let before = std::mem::take(&mut self.known);
+        self.visit(self.top.clone(), looks_below).inspect_err(|_| self.known = before)
     }
 
     /// Waits until cgroups came or went.

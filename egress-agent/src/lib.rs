@@ -11,6 +11,7 @@ pub mod control;
 pub mod dataplane;
 mod enforcement;
 pub mod events;
+pub mod exec;
 pub mod explain;
 mod hierarchy;
 pub mod pins;

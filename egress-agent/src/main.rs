@@ -1,7 +1,7 @@
 //! `egress-agent`: the command. Only here are errors printed, the environment read, and the exit status chosen.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs::File,
     io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write},
     path::Path,
@@ -11,9 +11,10 @@ use std::{
 use anyhow::Context as _;
 use egress_agent::{
     check::{LookUp, Report},
-    cli::{CheckArgs, Command, DetachArgs, ExplainArgs, LogLevel, Output, ReloadArgs, RunArgs, StatusArgs},
+    cli::{CheckArgs, Command, DetachArgs, ExecArgs, ExplainArgs, LogLevel, Output, ReloadArgs, RunArgs, StatusArgs},
     compile::{Context, Names, NodeDefault},
     control::{self, Request},
+    exec::{self, Ended, Sudo},
     explain::{
         Explainer,
         ask::{self, Target, Who, flows},
@@ -48,10 +49,21 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let cli = settings::parse(command, args).unwrap_or_else(|error| error.exit());
+    let is_exec = settings::subcommand(&args) == Some(OsStr::new("exec"));
+    let cli = match settings::parse(command, args) {
+        Ok(cli) => cli,
+        // There, 2 may be the status of the command.
+        Err(error) if is_exec && error.use_stderr() => {
+            // There is nobody to tell if that fails.
+            let _ = error.print();
+            return ExitCode::from(exec::FAILED);
+        }
+        Err(error) => error.exit(),
+    };
     start_log(cli.log);
     match cli.command {
         Command::Run(args) => run(&args, cli.log),
+        Command::Exec(args) => exec(&args, cli.log),
         Command::Status(args) => finish(status(&args)),
         Command::Reload(args) => finish(reload(&args)),
         Command::Detach(args) => finish(detach(&args)),
@@ -220,6 +232,33 @@ fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
     runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", chain(&error));
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn exec(args: &ExecArgs, log: LogLevel) -> ExitCode {
+    let locked_memory = exec::prepare(args);
+    let sudo = Sudo { uid: std::env::var_os("SUDO_UID"), gid: std::env::var_os("SUDO_GID") };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "cannot start");
+            return ExitCode::from(exec::FAILED);
+        }
+    };
+    match runtime.block_on(exec::exec(args, log, OBJECT, &sudo, locked_memory)) {
+        Ok(Ended { code, summary }) => {
+            if !summary.is_empty() {
+                match args.output {
+                    Output::Text => say(&summary.to_string()),
+                    Output::Json => say(&(serde_json::json!(summary).to_string() + "\n")),
+                }
+            }
+            ExitCode::from(code)
+        }
         Err(error) => {
             tracing::error!("{}", chain(&error));
             ExitCode::from(error.exit_code())

@@ -253,9 +253,7 @@ impl PinSet {
     pub fn pin_link(&mut self, hook: &str, link: FdLink) -> Result<(), PinError> {
         let path = self.path.join(hook);
         match fs::remove_file(&path) {
-            Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("remove the old pin", &path)(cause));
-            }
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(failed("remove the old pin", &path)(cause)),
             _ => link.pin(&path).map(drop).map_err(|cause| PinError::Pin { path, cause }),
         }
     }

@@ -54,6 +54,14 @@ pub fn prepare() {
     }
 }
 
+/// Whether the calling thread has what a start needs.
+pub fn may_start() -> bool {
+    // `CAP_SYS_ADMIN` stands in for the two that were made from it.
+    const OLDER: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::NET_ADMIN);
+    const NEWER: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::PERFMON).union(CapabilitySet::NET_ADMIN);
+    capabilities(None).is_ok_and(|held| held.effective.contains(NEWER) || held.effective.contains(OLDER))
+}
+
 /// Gives up every capability but these, for good: the calling thread loses them from all its sets, and neither it nor what
 /// it executes can gain any. Threads that exist already keep theirs; those that it makes inherit what is left.
 ///

@@ -1,4 +1,4 @@
-//! Writes events to stdout, on a thread of its own: a reader of stdout that stalls must never keep the agent from
+//! Writes events to stdout or stderr, on a thread of its own: a reader that stalls must never keep the agent from
 //! changing the policy. When it stalls for long, the ring buffer fills and the kernel counts what is lost.
 
 use std::{
@@ -32,13 +32,40 @@ pub struct Reporter {
     thread: JoinHandle<()>,
     /// Closed to tell the thread to finish.
     stop: OwnedFd,
+    /// Where it writes.
+    name: &'static str,
 }
 
 /// Events between two looks at whether to stop.
 const BATCH: u32 = 1024;
 
-/// How long [`Reporter::finish`] waits for a reader of stdout that does not read.
+/// How long [`Reporter::finish`] waits for a reader that does not read.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Where denials go.
+pub struct Sink {
+    /// Not std's handle, whose buffer would keep what could not be written.
+    out: File,
+    name: &'static str,
+    listener: Option<Listener>,
+}
+
+/// Hears of every denial before it is written, also of those that cannot be.
+pub type Listener = Box<dyn FnMut(&Connection) + Send>;
+
+impl Sink {
+    /// Data goes to stdout.
+    pub fn stdout() -> io::Result<Self> {
+        let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        Ok(Self { out, name: "stdout", listener: None })
+    }
+
+    /// Where stdout belongs to somebody else.
+    pub fn stderr(listener: Listener) -> io::Result<Self> {
+        let out = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+        Ok(Self { out, name: "stderr", listener: Some(listener) })
+    }
+}
 
 impl Reporter {
     /// Starts to report, with what was left unread before.
@@ -47,20 +74,22 @@ impl Reporter {
         log: Option<KernelLog>,
         enricher: Enricher,
         output: Output,
+        sink: Sink,
         backlog: Vec<Event>,
     ) -> io::Result<Self> {
         let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC)?;
-        // Not std's handle, whose buffer would keep what could not be written.
-        let out = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-        let mut source = Source { out, events, log, enricher, output, closed: false, lost: 0 };
+        let name = sink.name;
+        let mut source = Source { sink, events, log, enricher, output, closed: false, lost: 0 };
         let thread = thread::Builder::new().name("report".to_owned()).spawn(move || {
-            backlog.into_iter().for_each(|event| source.report(Some(event)));
+            for event in backlog {
+                source.report(Some(event));
+            }
             source.run(&stopped);
         })?;
-        Ok(Self { thread, stop })
+        Ok(Self { thread, stop, name })
     }
 
-    /// Reports what is left, then stops. Gives up on a stdout that nobody reads.
+    /// Reports what is left, then stops. Gives up on a reader that does not read.
     pub fn finish(self) {
         drop(self.stop);
         let deadline = std::time::Instant::now() + PATIENCE;
@@ -68,18 +97,18 @@ impl Reporter {
             thread::sleep(Duration::from_millis(5));
         }
         if !self.thread.is_finished() {
-            tracing::warn!("stdout is read too slowly: the last denials are not reported");
+            tracing::warn!("{} is read too slowly: the last denials are not reported", self.name);
         }
     }
 }
 
 struct Source {
-    out: File,
+    sink: Sink,
     events: RingBuf<MapData>,
     log: Option<KernelLog>,
     enricher: Enricher,
     output: Output,
-    /// Nobody reads stdout any more.
+    /// Nobody reads any more.
     closed: bool,
     /// Denials that could not be written.
     lost: u64,
@@ -135,7 +164,7 @@ impl Source {
             }
         }
         if self.lost > before {
-            tracing::error!(lost = self.lost, "denials could not be written to stdout");
+            tracing::error!(lost = self.lost, "denials could not be written to {}", self.sink.name);
         }
     }
 
@@ -143,13 +172,16 @@ impl Source {
         let Some(connection) = event.and_then(|event| self.enricher.connection(&event)) else {
             return tracing::error!("the kernel programs reported an event of another version");
         };
+        if let Some(listener) = &mut self.sink.listener {
+            listener(&connection);
+        }
         if self.closed {
             return;
         }
-        match write(&mut self.out, &connection, self.output) {
+        match write(&mut self.sink.out, &connection, self.output) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                tracing::error!("nobody reads stdout any more; enforcement goes on without reports");
+                tracing::error!("nobody reads {} any more; enforcement goes on without reports", self.sink.name);
                 self.closed = true;
             }
             // A full disk and the like may pass: this line is lost, the next may not be.
@@ -170,7 +202,7 @@ fn write(out: &mut File, connection: &Connection, output: Output) -> io::Result<
     write_all(out, &line)
 }
 
-/// Waits where stdout does not block and is full.
+/// Waits where the file does not block and is full.
 fn write_all(out: &mut File, mut line: &[u8]) -> io::Result<()> {
     while !line.is_empty() {
         match out.write(line) {

@@ -23,16 +23,17 @@ use tokio::{
 
 use crate::{
     cgroup::{self, CgroupError, CgroupPaths},
-    cli::{LogLevel, Output, RunArgs},
+    cli::{EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
     compile::{CompileError, Names, NodeAction, NodeDefault},
     control::{self, Asked, Control, Request},
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, pinned},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
+    exec,
     pins::{PinDirectory, PinError},
     policy::load::{LoadError, LoadOptions},
     privileges::{self, CapabilitySet, FOREIGN_FILES},
-    report::Reporter,
+    report::{Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
     source::{Policy, Source, SourceOptions},
     status::{self, FromAgent, Wildcard},
@@ -76,7 +77,7 @@ pub enum RunError {
     Dataplane(#[from] DataplaneError),
     /// Names cannot be resolved at all.
     #[error(transparent)]
-    Resolver(#[from] ResolverError),
+    Resolver(Box<ResolverError>),
     /// The policy is too large to be compiled.
     #[error(transparent)]
     Compile(#[from] CompileError),
@@ -89,6 +90,12 @@ pub enum RunError {
         #[source]
         cause: io::Error,
     },
+}
+
+impl From<ResolverError> for RunError {
+    fn from(error: ResolverError) -> Self {
+        Self::Resolver(Box::new(error))
+    }
 }
 
 impl RunError {
@@ -127,9 +134,10 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let mount = cgroup::mount_point()?;
     let target = Target::open(&args.cgroup, &mount)?;
     if target.cgroup.is_root() {
-        warn_of_exempt(&mount, args, &policy)?;
+        warn_of_exempt(&target, args, &policy)?;
     }
     let pins = PinDirectory::claim(&args.pin_dir)?;
+    exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
     let limit = args.memory_limit.saturating_mul(1_000_000);
     let dataplane = Dataplane::prepare(object, kernel_log(log), pins.begin()?, limit)?;
     let mut resolver = Resolver::new(resolver_settings(args))?;
@@ -154,7 +162,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let control = listen(args);
     let (last_error, started) = (None, SystemTime::now());
     let state = State { source, enforcement, policy, hosts, rules: applied.rules, last_error, started };
-    let enforcement = follow(state, resolver, control, &mut signals).await?;
+    let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
         if let Some(enforcement) = enforcement {
@@ -182,25 +190,34 @@ fn options(args: &RunArgs) -> SourceOptions {
 fn resolver_settings(args: &RunArgs) -> resolver::Settings {
     resolver::Settings {
         servers: args.resolver.clone(),
+        floor: Duration::from_secs(args.name_floor),
         grace: Duration::from_secs(args.name_grace),
         ..resolver::Settings::default()
     }
 }
 
 /// Tells how many tasks the root cgroup has. Where everything would be refused but them, that is probably a mistake.
-fn warn_of_exempt(mount: &Path, args: &RunArgs, policy: &Policy) -> Result<(), RunError> {
+fn warn_of_exempt(target: &Target, args: &RunArgs, policy: &Policy) -> Result<(), RunError> {
     if args.default == NodeAction::Deny && policy.documents == 0 && !args.force {
         return Err(RunError::NeedsForce);
     }
-    if policy.set.egress_policies.iter().any(names_root) {
-        return Ok(());
+    let threads = std::fs::read_to_string(target.mount.join("cgroup.threads"));
+    let tasks = threads.map_or(0, |tasks| tasks.lines().count());
+    match (policy.set.egress_policies.iter().any(names_root), target.holds_agent()) {
+        (true, false) => {}
+        (true, true) => tracing::warn!(
+            tasks,
+            "tasks in the root cgroup itself are not filtered, also not by the policy for cgroup `/`: the agent is one of them; \
+             start it in a cgroup of its own"
+        ),
+        (false, _) => {
+            tracing::warn!(tasks, "tasks in the root cgroup itself are not filtered; a policy for cgroup `/` would");
+        }
     }
-    let tasks = std::fs::read_to_string(mount.join("cgroup.threads")).map_or(0, |tasks| tasks.lines().count());
-    tracing::warn!(tasks, "tasks in the root cgroup itself are not filtered; a policy for cgroup `/` would");
     Ok(())
 }
 
-const fn kernel_log(log: LogLevel) -> KernelLog {
+pub(crate) const fn kernel_log(log: LogLevel) -> KernelLog {
     match log {
         LogLevel::Debug => KernelLog::Debug,
         LogLevel::Error | LogLevel::Warn | LogLevel::Info => KernelLog::Off,
@@ -227,7 +244,7 @@ fn retire(pins: &PinDirectory, own: &Path) -> Vec<Event> {
         match retired.and_then(|()| pinned::remove(set)) {
             Ok(()) => tracing::info!(pins = %path, "retired the rules of the agent before"),
             Err(error) => {
-                tracing::error!(error = %chain(&error), pins = %path, "the rules of the agent before stay in force too")
+                tracing::error!(error = %chain(&error), pins = %path, "the rules of the agent before stay in force too");
             }
         }
     }
@@ -242,7 +259,9 @@ fn start_reports(
 ) -> Result<Reporter, RunError> {
     let output = output.unwrap_or(if io::stdout().is_terminal() { Output::Text } else { Output::Json });
     let (events, log) = (dataplane.take_events()?, dataplane.take_log());
-    Reporter::start(events, log, enricher, output, backlog).map_err(system("cannot start to report denials"))
+    Sink::stdout()
+        .and_then(|sink| Reporter::start(events, log, enricher, output, sink, backlog))
+        .map_err(system("cannot start to report denials"))
 }
 
 /// Tells whoever waits: the log, and systemd.
@@ -399,7 +418,7 @@ async fn apply_again(
     if again == Again::Files && result.is_ok() {
         state.last_error = None;
     }
-    let retry = state.conclude(result);
+    let retry = state.conclude(&result);
     Ok((state, retry))
 }
 
@@ -429,13 +448,14 @@ impl State {
         } else {
             tracing::info!(generation, "policy unchanged");
         }
+        self.enforcement.clean();
         Ok(())
     }
 
     /// Tells how it went, and when it is to be tried again.
-    fn conclude(&mut self, result: Result<(), RunError>) -> Option<Duration> {
+    fn conclude(&mut self, result: &Result<(), RunError>) -> Option<Duration> {
         let generation = self.enforcement.dataplane.meta().generation();
-        let (status, retry) = match &result {
+        let (status, retry) = match result {
             Ok(()) => (format!("generation {generation}"), None),
             Err(RunError::Load(error @ LoadError::BeingWritten { .. })) => {
                 tracing::info!(generation, "{error}");

@@ -99,7 +99,9 @@ impl Layout {
     pub fn hash(&self) -> [u8; 32] {
         let hashes: BTreeSet<[u8; 32]> = self.scopes.iter().map(|scope| scope.hash).collect();
         let mut hasher = Sha256::new();
-        hashes.iter().for_each(|hash| hasher.update(hash));
+        for hash in hashes {
+            hasher.update(hash);
+        }
         hasher.finalize().into()
     }
 }
@@ -147,17 +149,20 @@ impl Selector {
     /// Places cgroups, the attach point first. `agent` is the agent's own.
     pub fn layout(&mut self, nodes: &[Node], agent: Option<u64>) -> Result<Layout, CompileError> {
         let mut placements = BTreeMap::new();
+        // What is gone is not remembered.
+        let mut placed = HashMap::with_capacity(nodes.len());
         for node in nodes {
             let mut placement = match self.placed.get(&node.id) {
                 Some(&placement) => placement,
                 None => self.place(node)?,
             };
-            self.placed.insert(node.id, placement);
+            placed.insert(node.id, placement);
             if agent == Some(node.id) {
                 placement.own = Seat::Exempt;
             }
             placements.insert(node.id, placement);
         }
+        self.placed = placed;
         let elsewhere = nodes.first().map(|node| placements[&node.id].below);
         let used = placements.values().flat_map(|placement| [placement.own, placement.below]);
         let (used, renumbered) = self.in_use(used);
@@ -258,7 +263,162 @@ fn places(ruleset: &Ruleset) -> u64 {
 }
 
 /// A cgroup as policies see it. The root is described by its empty path.
-fn workload(path: &str) -> Workload {
+pub(crate) fn workload(path: &str) -> Workload {
     let unit = cgroup::unit(path.as_ref()).map(str::to_owned);
     Workload { cgroup: Some(path.to_owned()), unit, ..Workload::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        compile::{Names, NodeAction, NodeDefault},
+        policy::load::load_text,
+    };
+
+    fn policy(name: &str, spec: &str) -> String {
+        format!(
+            "---\napiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: {{ name: {name} }}\nspec: {{ {spec} }}\n"
+        )
+    }
+
+    fn selector(documents: &[String], unknown: UnknownWorkloads, users: &[u32]) -> Selector {
+        let loaded = load_text("p.yaml", &documents.concat());
+        assert!(!loaded.has_errors(), "{:?}", loaded.findings);
+        let node_default = NodeDefault { action: NodeAction::Allow, loopback: false, dns: false };
+        let context = Context { node_default, system_resolvers: Vec::new(), names: Names::default() };
+        let users = users.iter().map(|&uid| UserIdentity { uid: Some(uid), name: None }).collect();
+        Selector::new(Arc::new(loaded.policies), context, unknown, users)
+    }
+
+    /// Cgroups of these paths, whose ids are 1 and up.
+    fn nodes(paths: &[&str]) -> Vec<Node> {
+        let node = |(id, path): (u64, &&str)| Node { id, path: (*path).to_owned() };
+        (1..).zip(paths).map(node).collect()
+    }
+
+    /// The layout of cgroups without users.
+    fn layout(documents: &[String], paths: &[&str]) -> Layout {
+        selector(documents, UnknownWorkloads::Deny, &[]).layout(&nodes(paths), None).unwrap()
+    }
+
+    /// What holds, in words: the names of the policies, or why there are none.
+    fn told(layout: &Layout, seat: Seat) -> String {
+        match seat {
+            Seat::Exempt => "exempt".to_owned(),
+            Seat::Unknown => "unknown".to_owned(),
+            Seat::Scope(index) => {
+                let names: Vec<String> = layout.scopes[index].policies.iter().map(ToString::to_string).collect();
+                names.join(" ").replace("EgressPolicy/default/", "")
+            }
+        }
+    }
+
+    /// What holds in a cgroup and below it.
+    #[track_caller]
+    fn holds(layout: &Layout, id: u64, own: &str, below: &str) {
+        let Placement { own: seat, below: seat_below, .. } = layout.placements[&id];
+        assert_eq!((&*told(layout, seat), &*told(layout, seat_below)), (own, below));
+    }
+
+    #[test]
+    fn tasks_of_the_root_cgroup_are_exempt_unless_a_policy_names_it() {
+        let everyone = policy("all", "defaultAction: Allow");
+        holds(&layout(std::slice::from_ref(&everyone), &[""]), 1, "exempt", "all");
+        holds(&layout(&[everyone.clone(), policy("u", "workloads: [{ user: 33 }]")], &[""]), 1, "exempt", "all");
+        // It is not a parent in this: what is below it is another matter.
+        let root = policy("root", "workloads: [{ cgroup: / }]");
+        holds(&layout(&[everyone, root.clone()], &["", "a"]), 1, "all root", "all");
+        holds(&layout(&[root], &["", "a"]), 2, "", "");
+    }
+
+    #[test]
+    fn a_policy_names_the_root_by_its_path_alone() {
+        let names = |workloads: &str| {
+            let text = policy("p", workloads);
+            load_text("p.yaml", &text).policies.egress_policies.iter().any(names_root)
+        };
+        assert!(names("workloads: [{ unit: a.service }, { cgroup: / }]"));
+        for other in ["{ cgroup: '*' }", "{ cgroup: '**' }", "{ unit: '*' }", "{ user: 0 }"] {
+            assert!(!names(&format!("workloads: [{other}]")), "{other}");
+        }
+        assert!(!names("defaultAction: Allow"));
+    }
+
+    #[test]
+    fn the_agents_own_cgroup_is_exempt_and_what_is_below_it_is_not() {
+        let documents = [policy("a", "workloads: [{ cgroup: 'top/*' }]"), policy("root", "workloads: [{ cgroup: / }]")];
+        let mut selector = selector(&documents, UnknownWorkloads::Deny, &[]);
+        let nodes = nodes(&["", "top", "top/agent", "top/agent/below"]);
+        let agents = selector.layout(&nodes, Some(3)).unwrap();
+        holds(&agents, 3, "exempt", "a");
+        holds(&agents, 4, "a", "a");
+        holds(&agents, 2, "", "unknown");
+        // The root's tasks with it, also where a policy names them.
+        holds(&selector.layout(&nodes, Some(1)).unwrap(), 1, "exempt", "unknown");
+        // What is remembered of it is not that.
+        holds(&selector.layout(&nodes, None).unwrap(), 3, "a", "a");
+    }
+
+    #[test]
+    fn who_acts_from_elsewhere_is_judged_as_an_unplaced_cgroup_below_the_top() {
+        for (workloads, expected) in [("top", "a"), ("top/x", "unknown"), ("other", "")] {
+            let documents = [policy("a", &format!("workloads: [{{ cgroup: {workloads} }}]"))];
+            let layout = layout(&documents, &["top"]);
+            assert_eq!(told(&layout, layout.elsewhere.unwrap()), expected, "{workloads}");
+        }
+        assert!(layout(&[], &[]).elsewhere.is_none());
+    }
+
+    #[test]
+    fn below_is_unknown_only_where_an_enforcing_policy_selects_some_of_it() {
+        let below = |spec: &str, unknown| {
+            let layout = selector(&[policy("a", spec)], unknown, &[]).layout(&nodes(&["top.slice"]), None).unwrap();
+            told(&layout, layout.placements[&1].below)
+        };
+        let (deny, inherit) = (UnknownWorkloads::Deny, UnknownWorkloads::Inherit);
+        for workloads in ["{ cgroup: top.slice/x }", "{ cgroup: '**/x' }", "{ unit: x.service }"] {
+            let spec = format!("workloads: [{workloads}]");
+            assert_eq!(below(&spec, deny), "unknown", "{workloads}");
+            assert_eq!(below(&spec, inherit), "", "{workloads}");
+            assert_eq!(below(&format!("{spec}, mode: Audit"), deny), "", "{workloads}");
+            assert_eq!(below(&format!("workloads: [{workloads}, {{ cgroup: top.slice }}]"), deny), "a", "{workloads}");
+        }
+        for workloads in ["{ cgroup: other/x }", "{ user: 33 }", "{ cgroup: / }"] {
+            assert_eq!(below(&format!("workloads: [{workloads}]"), deny), "", "{workloads}");
+        }
+        assert_eq!(below("defaultAction: Allow", deny), "a");
+    }
+
+    #[test]
+    fn a_user_has_a_scope_beside_each_that_its_policies_would_change() {
+        let documents = [
+            policy("a", "workloads: [{ cgroup: top/a }]"),
+            policy("u", "workloads: [{ user: 33 }, { cgroup: top/u }]"),
+            policy("other", "workloads: [{ user: 34 }]"),
+        ];
+        let mut selector = selector(&documents, UnknownWorkloads::Deny, &[33, 34]);
+        let layout = selector.layout(&nodes(&["top", "top/a", "top/u"]), None).unwrap();
+        let users = |id: u64| {
+            let Seat::Scope(index) = layout.placements[&id].own else { panic!("{id} has no scope") };
+            let users = layout.scopes[index].users.iter();
+            users.map(|(&uid, &scope)| (uid, told(&layout, Seat::Scope(scope)))).collect::<Vec<_>>()
+        };
+        let user = |uid: u32, policies: &str| (uid, policies.to_owned());
+        assert_eq!(users(1), [user(33, "u"), user(34, "other")]);
+        assert_eq!(users(2), [user(33, "a u"), user(34, "a other")]);
+        assert_eq!(users(3), [user(34, "other u")]);
+        let of_users = layout.scopes.iter().flat_map(|scope| scope.users.values());
+        assert!(of_users.into_iter().all(|&scope| layout.scopes[scope].users.is_empty()));
+    }
+
+    #[test]
+    fn what_is_gone_is_not_remembered_and_scopes_without_workloads_are_left_out() {
+        let documents = [policy("a", "workloads: [{ cgroup: top/a }]")];
+        let mut selector = selector(&documents, UnknownWorkloads::Deny, &[]);
+        assert_eq!(selector.layout(&nodes(&["top", "top/a"]), None).unwrap().scopes.len(), 2);
+        let layout = selector.layout(&nodes(&["top"]), None).unwrap();
+        assert_eq!((layout.scopes.len(), selector.placed.len()), (1, 1));
+        holds(&layout, 1, "", "unknown");
+    }
 }

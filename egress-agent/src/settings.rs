@@ -110,6 +110,11 @@ pub fn parse(mut command: Command, args: Vec<OsString>) -> Result<Cli, clap::Err
     Ok(cli)
 }
 
+/// The subcommand that is asked for, also where the rest of the command line is wrong.
+pub fn subcommand(args: &[OsString]) -> Option<&OsStr> {
+    Asked::of(args, &Cli::command()).subcommand
+}
+
 /// A switch in the environment is on or off, and nothing else: what is misspelt must not switch anything.
 fn with_strict_switch(arg: Arg) -> Arg {
     if is_switch(&arg) { arg.value_parser(BoolishValueParser::new()) } else { arg }

@@ -64,7 +64,11 @@ impl Source {
 
     /// Reads, and tells of every finding.
     pub(crate) fn read(&mut self) -> Result<Policy, RunError> {
-        let loaded = self.load()?;
+        Self::accept(self.load()?)
+    }
+
+    /// Takes documents if they are valid, and tells of every finding.
+    pub(crate) fn accept(loaded: Loaded) -> Result<Policy, RunError> {
         let unbuilt: Vec<Finding> = loaded.policies.egress_policies.iter().flat_map(unsupported).collect();
         let findings = || loaded.findings.iter().chain(&unbuilt);
         findings().for_each(report);
@@ -86,10 +90,15 @@ impl Source {
         })
     }
 
+    /// What rules depend on besides the documents.
+    pub(crate) fn context(&self, policy: &Policy, names: Names) -> Context {
+        let (node_default, system_resolvers) = (self.options.node_default, policy.system_resolvers.clone());
+        Context { node_default, system_resolvers, names }
+    }
+
     /// Places workloads by these policies and what is known of their names.
     pub(crate) fn selector(&self, policy: &Policy, names: Names) -> Selector {
-        let (node_default, system_resolvers) = (self.options.node_default, policy.system_resolvers.clone());
-        let context = Context { node_default, system_resolvers, names };
+        let context = self.context(policy, names);
         Selector::new(policy.set.clone(), context, self.options.unknown, policy.users.clone())
     }
 

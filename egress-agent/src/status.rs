@@ -1,7 +1,7 @@
 //! What is in force: read from the pins, and completed by the agent where one runs.
 
 use std::{
-    fmt::{self, Write},
+    fmt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -228,11 +228,7 @@ impl Status {
         self.agent.abi = meta.abi();
         self.policy = Some(Policy {
             generation: meta.generation(),
-            hash: meta.policy_hash().iter().fold(String::new(), |mut text, byte| {
-                // Writing to a string cannot fail.
-                let _ = write!(text, "{byte:02x}");
-                text
-            }),
+            hash: control::hexadecimal(meta.policy_hash()),
             loaded: time(SystemTime::UNIX_EPOCH + Duration::from_secs(meta.applied())),
             documents: None,
             rules: None,

@@ -84,7 +84,7 @@ fn slices(path: &str) -> impl Iterator<Item = &str> {
 }
 
 fn is_slice(name: &str) -> bool {
-    name.ends_with(".slice")
+    name.strip_suffix(".slice").is_some()
 }
 
 /// Whether some cgroup below `path` is selected by a policy that does not select `path` itself.
@@ -119,8 +119,8 @@ fn cgroup_may_match_below(pattern: &str, path: &str) -> bool {
     }
     let parts: Vec<&str> = pattern.split('/').collect();
     let skip = |mut reached: BTreeSet<usize>| {
-        for index in 0..parts.len() {
-            if reached.contains(&index) && parts[index] == "**" {
+        for (index, &part) in parts.iter().enumerate() {
+            if reached.contains(&index) && part == "**" {
                 reached.insert(index + 1);
             }
         }

@@ -73,11 +73,11 @@ fn what_is_not_built_is_named() {
                 protocols: [ICMP], existing: Terminate, refuseWith: ECONNREFUSED, \
                 replies: Allow";
     let found = unsupported(&policy(spec).egress_policies[0]);
-    assert_eq!(found.len(), 9, "{found:#?}");
+    assert_eq!(found.len(), 6, "{found:#?}");
     assert!(
         found.iter().all(|finding| finding.code == Code::NotBuilt && finding.message.contains("not carry out yet"))
     );
-    let built = "mode: Audit, services: [], dns: {queries: Any, servers: None}, protocols: [], existing: Keep, \
+    let built = "workloads: [{unit: a.service}, {user: 0}, {cgroup: a}], mode: Audit, services: [], dns: {queries: Any, servers: None}, protocols: [], existing: Keep, \
                  refuseWith: EPERM, loopback: None, defaultAction: Deny, replies: Deny";
     assert_eq!(unsupported(&policy(built).egress_policies[0]), []);
 }

@@ -115,7 +115,7 @@ impl Meta {
     /// With a policy, put in force `applied` seconds after the epoch.
     #[must_use]
     pub const fn with_policy(self, generation: u64, policy_hash: [u8; 32], applied: u64) -> Self {
-        Self { generation, policy_hash, applied, ..self }
+        Self { generation, applied, policy_hash, ..self }
     }
 
     /// With another deepest level: see [`crate::Workloads::deepest`].

@@ -5,7 +5,7 @@
 //! chooses the programs by the cgroup in which a *socket* was made; what they learn of the caller is that of the *thread*.
 
 use std::{
-    fmt,
+    fmt, fs,
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
     process::{Child, ChildStdin, ChildStdout, Stdio},
@@ -15,7 +15,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::{io::Errno, process::Uid, thread::gettid};
+use rustix::{
+    io::Errno,
+    process::{DumpableBehavior, Uid, set_dumpable_behavior},
+    thread::{UnshareFlags, gettid, set_thread_res_uid},
+};
 use socket2::{Domain, Socket, Type};
 
 use crate::{
@@ -46,6 +50,21 @@ pub enum On {
     Made,
 }
 
+/// As whom an actor acts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Identity {
+    /// Whoever starts it.
+    Same,
+    /// A user, in every respect.
+    User(u32),
+    /// A user by its real id, and another by its effective and saved ones.
+    Effective(u32, u32),
+    /// A user who is root of a user namespace of its own.
+    RootOfUserNamespace(u32),
+    /// Whoever starts it, in a cgroup namespace whose root is the cgroup it starts in.
+    InCgroupNamespace,
+}
+
 /// An `actor` process, killed when dropped.
 #[derive(Debug)]
 pub struct Actor {
@@ -59,9 +78,14 @@ pub struct Actor {
 impl Actor {
     /// Starts one in a network namespace and a cgroup, as root or as another user.
     pub fn start(namespace: &Netns, cgroup: &Cgroup, uid: Option<u32>) -> Result<Self> {
+        Self::start_as(namespace, cgroup, uid.map_or(Identity::Same, Identity::User))
+    }
+
+    /// Starts one in a network namespace and a cgroup, as anybody.
+    pub fn start_as(namespace: &Netns, cgroup: &Cgroup, identity: Identity) -> Result<Self> {
         let mut command = namespace.command(program("actor")?, Some(cgroup))?;
         // It takes the identity by itself, since joining the namespace and the cgroup needs root.
-        command.args(uid.map(|uid| uid.to_string()));
+        command.arg(identity.to_string());
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot run actor")?;
         let orders = child.stdin.take().context("stdin is piped")?;
         let answers = BufReader::new(child.stdout.take().context("stdout is piped")?);
@@ -217,12 +241,67 @@ impl FromStr for Order {
     }
 }
 
-/// The actor's own side: follows the orders it reads until there are no more.
-pub fn act(orders: impl BufRead, mut answers: impl Write, uid: Option<u32>) -> Result<()> {
-    if let Some(uid) = uid {
-        // There is one thread yet, so this is the whole process; it loses every capability.
-        rustix::thread::set_thread_uid(Uid::from_raw(uid)).context("cannot become another user")?;
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Same => f.write_str("same"),
+            Self::User(uid) => write!(f, "user {uid}"),
+            Self::Effective(real, effective) => write!(f, "effective {real} {effective}"),
+            Self::RootOfUserNamespace(uid) => write!(f, "userns {uid}"),
+            Self::InCgroupNamespace => f.write_str("cgroupns"),
+        }
     }
+}
+
+impl FromStr for Identity {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let words: Vec<&str> = text.split(' ').collect();
+        Ok(match words[..] {
+            ["same"] => Self::Same,
+            ["user", uid] => Self::User(uid.parse()?),
+            ["effective", real, effective] => Self::Effective(real.parse()?, effective.parse()?),
+            ["userns", uid] => Self::RootOfUserNamespace(uid.parse()?),
+            ["cgroupns"] => Self::InCgroupNamespace,
+            _ => bail!("nobody is {text}"),
+        })
+    }
+}
+
+impl Identity {
+    /// Makes it the caller's, who must have one thread yet: what is of a thread is then of the whole process.
+    fn take(self) -> Result<()> {
+        match self {
+            Self::Same => Ok(()),
+            Self::User(uid) => become_user(uid, uid),
+            Self::Effective(real, effective) => become_user(real, effective),
+            Self::RootOfUserNamespace(uid) => {
+                become_user(uid, uid)?;
+                unshare(UnshareFlags::NEWUSER).context("no user namespace; see user.max_user_namespaces")?;
+                // Else the file is root's, since the process has changed its user.
+                set_dumpable_behavior(DumpableBehavior::Dumpable)?;
+                fs::write("/proc/self/uid_map", format!("0 {uid} 1")).context("cannot become root of a user namespace")
+            }
+            Self::InCgroupNamespace => unshare(UnshareFlags::NEWCGROUP).context("no cgroup namespace"),
+        }
+    }
+}
+
+/// Root loses every capability by this, unless it stays root in some respect.
+fn become_user(real: u32, effective: u32) -> Result<()> {
+    let (real, effective) = (Uid::from_raw(real), Uid::from_raw(effective));
+    set_thread_res_uid(real, effective, effective).context("cannot become another user")
+}
+
+fn unshare(namespaces: UnshareFlags) -> Result<()> {
+    // SAFETY: there is one thread, and no file descriptor table is unshared.
+    Ok(unsafe { rustix::thread::unshare_unsafe(namespaces) }?)
+}
+
+/// The actor's own side: follows the orders it reads until there are no more.
+pub fn act(orders: impl BufRead, mut answers: impl Write, identity: Identity) -> Result<()> {
+    identity.take()?;
     let mut cast = Cast { made: Vec::new(), thread: None };
     for line in orders.lines() {
         let answer = cast.follow(line?.parse()?)?;

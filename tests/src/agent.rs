@@ -10,6 +10,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use egress_agent::{
+    control::{Request, ask, socket},
+    run::Reloaded,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -59,9 +63,24 @@ impl Place {
         self.bpffs.path().join("egress")
     }
 
+    /// Where `exec` pins.
+    pub fn exec_pins(&self) -> PathBuf {
+        self.bpffs.path().join("egress-exec")
+    }
+
     /// Tells a command of it, whatever the command is.
     pub fn tell(&self, command: &mut Command) {
         command.env("EGRESS_PIN_DIR", self.pins()).env("EGRESS_RUN_DIR", self.run.path());
+        command.env("EGRESS_EXEC_PIN_DIR", self.exec_pins());
+    }
+
+    /// Has the agent read its policies again, and waits until that is done: the generation in force.
+    pub fn reload(&self) -> Result<u64> {
+        let told: Reloaded = ask(&socket(self.run.path(), &self.pins()), Request::Reload)?;
+        match told.error {
+            Some(error) => bail!("the policies are not in force: {error}"),
+            None => Ok(told.generation),
+        }
     }
 
     /// Runs a command of the agent that ends by itself.
@@ -100,9 +119,7 @@ impl Agent {
     pub fn spawn(mut command: Command) -> Result<Self> {
         let place = Place::new()?;
         place.tell(&mut command);
-        let mut agent = Self::spawn_in(None, command)?;
-        agent._place = Some(place);
-        Ok(agent)
+        Self::launch(command, Some(place))
     }
 
     /// Starts `run` in a place that outlives it, and waits until its policy is in force.
@@ -117,11 +134,15 @@ impl Agent {
         if let Some(place) = place {
             place.tell(&mut command);
         }
+        Self::launch(command, None)
+    }
+
+    fn launch(mut command: Command, place: Option<Place>) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot run {}", command.get_program().display()))?;
         let log = lines(child.stderr.take().context("stderr is piped")?);
         let denials = lines(child.stdout.take().context("stdout is piped")?);
-        Ok(Self { child, log, seen: Vec::new(), denials, _place: None })
+        Ok(Self { child, log, seen: Vec::new(), denials, _place: place })
     }
 
     /// The agent's process id.

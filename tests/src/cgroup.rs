@@ -20,7 +20,16 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes one with a name of its own.
     pub fn new() -> Result<Self> {
-        let below = unique_name();
+        Self::with_suffix("")
+    }
+
+    /// Makes one whose name ends in `.slice`, so that units lie in it.
+    pub fn slice() -> Result<Self> {
+        Self::with_suffix(".slice")
+    }
+
+    fn with_suffix(suffix: &str) -> Result<Self> {
+        let below = unique_name() + suffix;
         let path = egress_agent::cgroup::mount_point()?.join(&below);
         fs::create_dir(&path).with_context(|| format!("cannot create cgroup {}; tests need root", path.display()))?;
         Ok(Self { path, below })
@@ -31,6 +40,13 @@ impl Cgroup {
         let (path, below) = (self.path.join(name), format!("{}/{name}", self.below));
         fs::create_dir(&path).with_context(|| format!("cannot create cgroup {}", path.display()))?;
         Ok(Self { path, below })
+    }
+
+    /// Makes one at a path below this one, with those between that are not there; removing this one removes it.
+    pub fn descendant(&self, path: &str) -> Result<Self> {
+        let (full, below) = (self.path.join(path), format!("{}/{path}", self.below));
+        fs::create_dir_all(&full).with_context(|| format!("cannot create cgroup {}", full.display()))?;
+        Ok(Self { path: full, below })
     }
 
     /// Makes as many as there are levels, each below the one before it; the first is a child of this one.

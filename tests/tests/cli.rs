@@ -132,7 +132,9 @@ fn names_are_looked_up_only_when_asked_for() {
 
 #[test]
 fn what_is_not_enforced_yet_is_warned_of() {
-    let report = agent(&["check", &example("ci-job.yaml")], "").json();
+    let directory =
+        policies(&[("a.yaml", &POLICY.replace("unit: nginx.service", "pod: { matchLabels: { app: web } }"))]);
+    let report = agent(&["check", path(&directory)], "").json();
     assert_eq!(
         (&report["findings"][0]["code"], &report["findings"][0]["severity"]),
         (&json!("W0207"), &json!("warning"))

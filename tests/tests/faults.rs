@@ -238,14 +238,19 @@ fn where_the_next_start_is_refused_half_way_the_rules_before_stay() {
     expect(&mut world, TWO, ONE);
 }
 
+/// Nobody may be in a cgroup that is made anew.
+fn leave(world: &World) {
+    let root = cgroup::mount_point().unwrap();
+    fs::write(root.join("cgroup.procs"), world.dialer.pid().to_string()).unwrap();
+}
+
 #[test]
 fn what_cannot_be_attached_to_a_cgroup_made_anew_is_tried_again() {
     let outer = World::opening(&[]).unwrap();
     let (mut world, outside) = below_an_exclusive_program(&outer);
     let mut agent = world.start(&[]).unwrap();
     let alone = Program::pass(Hook::Connect6).unwrap().attach(&outer.cgroup, How::Exclusive).unwrap();
-    // Nobody may be in a cgroup that is made anew.
-    fs::write(cgroup::mount_point().unwrap().join("cgroup.procs"), world.dialer.pid().to_string()).unwrap();
+    leave(&world);
     world.cgroup.make_anew().unwrap();
     let line = agent.wait_for("cannot attach again").unwrap();
     assert!(line.contains("ERROR") && line.contains("connect6"), "{line}");
@@ -359,6 +364,12 @@ fn a_bpf_file_system_that_goes_takes_nothing_out_of_force_while_the_agent_runs()
     let told = status();
     let text = String::from_utf8_lossy(&told.stdout).into_owned();
     assert!(told.status.code() == Some(1) && text.contains("the pins are gone"), "{text}");
+    // Also one that is made anew is filtered while the agent runs.
+    leave(&world);
+    world.cgroup.make_anew().unwrap();
+    agent.wait_for("attached again").unwrap();
+    world.cgroup.take_process(world.dialer.pid()).unwrap();
+    expect(&mut world, TWO, ONE);
     agent.kill().unwrap();
     assert_eq!(status().status.code(), Some(3));
     // Whoever drops it unmounts it.

@@ -48,10 +48,11 @@ impl World {
 
     /// With one file that opens `192.0.2.1:80`.
     fn with_one_file() -> Self {
-        Self::new(|directory| {
+        let fill = |directory: &Path| {
             fs::write(directory.join("a.yaml"), entry("192.0.2.1")).unwrap();
             directory.to_owned()
-        })
+        };
+        Self::new(fill)
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use egress_tests::{
-    agent::{Agent, binary},
+    agent::{Agent, Place, binary, run_command},
     cgroup::Cgroup,
     dial::{Call, Dialer, Method},
     netns::Netns,
@@ -27,9 +27,10 @@ fn call(method: Method) -> Call {
 fn a_reader_that_stalls_delays_no_change_of_policy() {
     let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
     let policies = tempfile::tempdir().unwrap();
-    let mut command = Command::new(binary().unwrap());
-    command.arg("run").arg("--policies").arg(policies.path()).arg("--cgroup").arg(cgroup.path());
-    command.args(["--output", "json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let place = Place::new().unwrap();
+    let mut command = run_command(policies.path(), cgroup.path(), &[]).unwrap();
+    place.tell(&mut command);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut agent = command.spawn().unwrap();
     let (mut stdout, stderr) = (agent.stdout.take().unwrap(), agent.stderr.take().unwrap());
     fcntl_setpipe_size(&stdout, 4096).unwrap();
@@ -123,8 +124,9 @@ fn a_full_disk_is_no_end_of_reports() {
 fn denials_without_room_are_counted_and_told() {
     let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
     let policies = tempfile::tempdir().unwrap();
-    let mut command = Command::new(binary().unwrap());
-    command.arg("run").arg("--policies").arg(policies.path()).arg("--cgroup").arg(cgroup.path());
+    let place = Place::new().unwrap();
+    let mut command = run_command(policies.path(), cgroup.path(), &[]).unwrap();
+    place.tell(&mut command);
     let mut agent = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut log = BufReader::new(agent.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(log.any(|line| line.contains("policy applied generation=1 ")));

@@ -96,8 +96,8 @@ fn two_documents_of_one_name_are_an_error() {
 #[test]
 fn a_field_that_is_not_built_yet_is_refused() {
     let policy = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: p }\n\
-                  spec: { workloads: [{ unit: nginx.service }] }\n";
-    is_invalid(policy, &["spec.workloads", "unit"]);
+                  spec: { workloads: [{ pod: { matchLabels: { app: web } } }] }\n";
+    is_invalid(policy, &["spec.workloads", "pod"]);
 }
 
 #[test]
@@ -109,11 +109,11 @@ fn documents_of_other_kinds_are_skipped_with_a_note() {
 }
 
 #[test]
-fn an_entry_that_names_only_hosts_is_warned_of() {
-    let text = ENTRY.replace("  addresses: [192.0.2.1]\n", "");
+fn a_wildcard_that_cannot_be_resolved_is_warned_of() {
+    let text = ENTRY.replace("  addresses: [192.0.2.1]\n", "").replace("a.example.com", "'*.example.com'");
     let (cgroup, policies) = (Cgroup::new().unwrap(), policies(&text));
     let mut agent = Agent::start(policies.path(), &cgroup, &[]).unwrap();
-    let warns = |line: &String| line.contains("WARN") && line.contains("a.example.com") && line.contains("default/a");
+    let warns = |line: &String| line.contains("WARN") && line.contains("*.example.com") && line.contains("default/a");
     assert!(agent.log().iter().any(warns), "{:#?}", agent.log());
 }
 

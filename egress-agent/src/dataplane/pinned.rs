@@ -48,9 +48,9 @@ pub(super) fn read_counters(stats: &Map) -> Result<Vec<(Counter, u64)>, Dataplan
 pub struct MapUse {
     /// Its name.
     pub name: &'static str,
-    /// Elements in use, of the map and of what it points to.
+    /// Elements in use; of `WORKLOADS`, in the map that it points to.
     pub entries: u64,
-    /// Elements that it has room for.
+    /// Elements that there is room for.
     pub capacity: u64,
     /// Bytes of kernel memory, of the map and of what it points to.
     pub bytes: u64,
@@ -65,9 +65,19 @@ fn map_use(set: &Path, name: &'static str) -> Result<MapUse, DataplaneError> {
     let data = open(set, name)?;
     let info = data.info().map_err(|cause| failed(name, "inspect", cause))?;
     let (mut entries, mut bytes) = (0, memory(&data));
-    let capacity = u64::from(info.max_entries());
+    let mut capacity = u64::from(info.max_entries());
     match name {
-        map::WORKLOADS | map::POLICY | map::SEGMENTS => {
+        map::WORKLOADS => {
+            // It has one element; of interest is what that holds.
+            for inner in inner_maps(data, info.max_entries()) {
+                bytes += memory(&inner);
+                capacity = inner.info().map_or(0, |info| info.max_entries().into());
+                let placements = HashMap::<_, u64, [u8; 8]>::try_from(Map::HashMap(inner))
+                    .map_err(|cause| failed(name, "read", cause))?;
+                entries = placements.keys().count() as u64;
+            }
+        }
+        map::POLICY | map::SEGMENTS => {
             for inner in inner_maps(data, info.max_entries()) {
                 entries += 1;
                 bytes += memory(&inner);

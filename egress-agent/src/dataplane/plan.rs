@@ -2,7 +2,7 @@
 //!
 //! 1. A scope in the kernel never changes. What is new gets a scope of its own, filled before anything points to it.
 //! 2. Placements are exchanged as a whole, by one pointer: before it a flow has its old verdict, after it its new one.
-//!    Cgroups that are placed for the first time are inserted one by one.
+//!    Cgroups that are placed for the first time are inserted one by one, if there is room.
 //! 3. What nothing points to any more is removed, after the grace period that the exchange waits for.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -28,8 +28,16 @@ pub(super) struct Live {
     pub(super) placements: BTreeMap<u64, Placement>,
     /// See [`egress_common::Workloads::deepest`].
     pub(super) deepest: u8,
-    /// Cgroups that are gone are among the placements.
+    /// How many placements there is room for.
+    pub(super) room: usize,
+    /// Cgroups that are gone are among the placements, or others are missing.
     pub(super) is_untidy: bool,
+}
+
+/// Room for as many cgroups again, so that new ones can be inserted.
+pub(super) fn room(placements: usize) -> usize {
+    const LEAST: usize = 1024;
+    (placements * 2).max(LEAST)
 }
 
 /// What brings a new layout about.
@@ -65,7 +73,8 @@ pub(super) enum Step {
 /// The steps of a change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// If one of these fails, all that was filled is cleared, and nothing has changed.
+    /// If one of these fails, all that was filled is cleared, and nothing has changed; but if cgroups are being inserted,
+    /// some of them point to what was filled.
     pub(super) steps: Vec<Step>,
     /// Afterwards: if one of these fails, memory is lost, and no verdict is wrong.
     pub(super) cleanup: Vec<Step>,
@@ -78,7 +87,7 @@ pub(super) struct Plan {
 /// Plans a change.
 pub(super) fn plan(live: &Live, layout: &Layout, change: Change) -> Result<Plan, DataplaneError> {
     let numbers = assign(live, layout)?;
-    let mut next = Live { deepest: deepest(layout), ..Live::default() };
+    let mut next = Live { deepest: deepest(layout), room: live.room, ..Live::default() };
     let mut steps = Vec::new();
     let mut users = BTreeMap::new();
     for (index, scope) in layout.scopes.iter().enumerate() {
@@ -99,9 +108,11 @@ pub(super) fn plan(live: &Live, layout: &Layout, change: Change) -> Result<Plan,
     }
     if change == Change::Cgroups
         && let Some(added) = added(live, &next)
+        && live.placements.len() + added.len() <= live.room
     {
         return Ok(insert(live, next, added, numbers, steps));
     }
+    next.room = room(next.placements.len());
     steps.push(Step::Exchange(next.placements.clone()));
     let mut cleanup = Vec::new();
     cleanup.extend((next.deepest < live.deepest).then_some(Step::SetDeepest(next.deepest)));

@@ -19,7 +19,13 @@ use crate::pins::PinSet;
 const WRITERS: usize = 16;
 
 /// Both maps, once for each writer.
-pub(super) struct Slots(Vec<Writer>);
+pub(super) struct Slots {
+    writers: Vec<Writer>,
+    /// Views that have segments.
+    segmented: BTreeSet<View>,
+    /// Views that have a trie.
+    filled: BTreeSet<View>,
+}
 
 struct Writer {
     policy: ArrayOfMaps<MapData, Trie>,
@@ -32,18 +38,24 @@ struct Writer {
 impl Slots {
     /// Opens the maps of a set.
     pub(super) fn open(pins: &PinSet) -> Result<Self, DataplaneError> {
-        (0..WRITERS).map(|_| Writer::open(pins)).collect::<Result<_, _>>().map(Self)
+        let writers = (0..WRITERS).map(|_| Writer::open(pins)).collect::<Result<_, _>>()?;
+        Ok(Self { writers, segmented: BTreeSet::new(), filled: BTreeSet::new() })
     }
 
     /// Puts contents where nothing points to yet.
     pub(super) fn put(&mut self, filled: &[Filled]) -> Result<(), DataplaneError> {
+        self.filled.extend(filled.iter().map(|filled| filled.view));
+        self.segmented.extend(filled.iter().filter(|filled| filled.segments.is_some()).map(|filled| filled.view));
         self.share(filled, Writer::put)
     }
 
     /// Empties the elements of scopes that nothing points to.
     pub(super) fn clear(&mut self, scopes: &BTreeSet<Scope>) -> Result<(), DataplaneError> {
-        let views: Vec<View> = scopes.iter().flat_map(|scope| [scope.enforcing(), scope.with_audit()]).collect();
-        self.share(&views, |writer, view| writer.clear(*view))
+        let views = || scopes.iter().flat_map(|scope| [scope.enforcing(), scope.with_audit()]);
+        let tries = views().filter(|view| self.filled.remove(view)).map(|view| (map::POLICY, view)).collect::<Vec<_>>();
+        let segments = views().filter(|view| self.segmented.remove(view)).map(|view| (map::SEGMENTS, view));
+        let work: Vec<(&'static str, View)> = tries.into_iter().chain(segments.collect::<Vec<_>>()).collect();
+        self.share(&work, |writer, &(name, view)| writer.clear(name, view))
     }
 
     /// Shares work among the writers.
@@ -52,9 +64,9 @@ impl Slots {
         work: &[T],
         call: impl Fn(&mut Writer, &T) -> Result<(), DataplaneError> + Copy + Send,
     ) -> Result<(), DataplaneError> {
-        let share = work.len().div_ceil(self.0.len()).max(1);
+        let share = work.len().div_ceil(self.writers.len()).max(1);
         thread::scope(|threads| {
-            let shares = self.0.iter_mut().zip(work.chunks(share));
+            let shares = self.writers.iter_mut().zip(work.chunks(share));
             let start =
                 |(writer, share)| thread::Builder::new().spawn_scoped(threads, move || each(writer, share, call));
             let running: Vec<_> = shares.map(start).collect();
@@ -86,15 +98,13 @@ impl Writer {
         })
     }
 
-    fn clear(&mut self, view: View) -> Result<(), DataplaneError> {
-        for (name, data) in [(map::POLICY, &self.policy_data), (map::SEGMENTS, &self.segments_data)] {
-            sys::clear_inner(data.fd().as_fd(), view.index()).map_err(|cause| DataplaneError::Element {
-                name,
-                what: "empty an element of",
-                cause,
-            })?;
-        }
-        Ok(())
+    fn clear(&mut self, name: &'static str, view: View) -> Result<(), DataplaneError> {
+        let data = if name == map::POLICY { &self.policy_data } else { &self.segments_data };
+        sys::clear_inner(data.fd().as_fd(), view.index()).map_err(|cause| DataplaneError::Element {
+            name,
+            what: "empty an element of",
+            cause,
+        })
     }
 
     fn put(&mut self, filled: &Filled) -> Result<(), DataplaneError> {

@@ -111,6 +111,15 @@ enum Entries {
 }
 
 impl Watched {
+    /// The entries that a path leads through, and nothing of what it leads to.
+    pub fn path(path: &Path) -> Self {
+        let mut watched = Self::default();
+        for (directory, name) in files::places_of(path) {
+            watched.add_name(directory, name);
+        }
+        watched
+    }
+
     /// Every entry of a directory matters.
     pub fn add_all(&mut self, directory: PathBuf) {
         self.0.insert(directory, Entries::All);

@@ -247,11 +247,13 @@ mod tests {
 
     #[test]
     fn aliases_are_followed_in_any_order_and_have_a_ttl_of_their_own() {
-        let records = [
+        let mut records = [
             ("c.example.net", 60, "192.0.2.1"),
             ("b.example.net", 5, "c.example.net"),
             ("db.example.com", 60, "b.example.net"),
         ];
+        check(&records, &["192.0.2.1"], 5);
+        records.reverse();
         check(&records, &["192.0.2.1"], 5);
     }
 

@@ -235,7 +235,7 @@ impl Entry {
     /// Counts, and speaks when it starts and when it ends.
     fn tell_of_failure(&mut self, error: Option<String>) {
         match &error {
-            Some(error) if self.failures == 0 => {
+            Some(error) if self.error.is_none() => {
                 tracing::warn!(name = %self.name, %error, known = self.addresses.len(), "a name cannot be resolved");
             }
             None if self.error.is_some() => tracing::info!(name = %self.name, "a name can be resolved again"),

@@ -1,16 +1,16 @@
 //! The resolver against scripted answers, on a clock that jumps to whatever happens next.
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     fs,
     io::Write,
     net::IpAddr,
-    sync::{Mutex, MutexGuard},
+    sync::{Mutex, MutexGuard, Once},
 };
 
 use tempfile::TempDir;
 use tokio::time::{advance, sleep, timeout_at};
-use tracing_subscriber::fmt::MakeWriter;
 
 use super::{
     ask::{Answers, Ask, Asking, Found},
@@ -94,6 +94,7 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Log::install();
         let directory = tempfile::tempdir().unwrap();
         let hosts = directory.path().join("hosts");
         let settings = Settings { floor: FLOOR, grace: GRACE, hosts, ..Settings::default() };
@@ -150,37 +151,38 @@ impl World {
     }
 }
 
-/// What is logged by the current thread.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
+/// What the current thread logs. There is one subscriber for all tests: `tracing` may pass over a thread's own while those
+/// of other threads come and go.
+struct Log;
+
+thread_local! {
+    static LOG: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 impl Log {
-    fn start(&self) -> tracing::subscriber::DefaultGuard {
-        let subscriber = tracing_subscriber::fmt().with_writer(self.clone()).with_ansi(false).finish();
-        tracing::subscriber::set_default(subscriber)
+    /// Forgets what was logged so far.
+    fn clear() {
+        LOG.with_borrow_mut(Vec::clear);
     }
 
-    fn count(&self, words: &[&str]) -> usize {
-        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+    fn install() {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| tracing_subscriber::fmt().with_writer(|| Self).with_ansi(false).init());
+    }
+
+    fn count(words: &[&str]) -> usize {
+        let text = LOG.with_borrow(|log| String::from_utf8(log.clone()).unwrap());
         text.lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
     }
 }
 
 impl Write for Log {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
+        LOG.with_borrow_mut(|log| log.write(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-impl MakeWriter<'_> for Log {
-    type Writer = Self;
-
-    fn make_writer(&self) -> Self {
-        self.clone()
     }
 }
 
@@ -196,6 +198,18 @@ async fn a_new_name_is_asked_for_at_once_and_one_that_is_not_wanted_is_forgotten
     world.script.asked("");
     world.nothing_for(5 * MINUTE).await;
     assert!(world.script.asked("a").is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_is_wanted_twice_is_asked_for_once() {
+    let mut world = World::new();
+    world.script.says("a", answers(&["192.0.2.1"], MINUTE));
+    world.script.state().takes = SECOND;
+    for names in [&["a"][..], &[], &["a"]] {
+        world.want(names);
+    }
+    world.change().await;
+    assert_eq!(world.script.asked("a").len(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -258,9 +272,8 @@ async fn a_name_that_ceases_to_exist_loses_its_addresses_and_gets_them_back() {
 
 #[tokio::test(start_paused = true)]
 async fn while_nobody_answers_everything_stays_and_is_asked_for_less_and_less() {
-    let log = Log::default();
     let mut world = World::with(answers(&["192.0.2.1", "2001:db8::1"], FLOOR)).await;
-    let _guard = log.start();
+    Log::clear();
     world.script.says("a", Answers::failed("no answer"));
     world.nothing_for(24 * 60 * MINUTE).await;
     let asked = world.script.asked("a");
@@ -269,14 +282,16 @@ async fn while_nobody_answers_everything_stays_and_is_asked_for_less_and_less() 
         let expected = Duration::from_secs(expected);
         assert!(*gap >= (expected * 9 / 10).max(FLOOR) && *gap <= expected * 6 / 5, "{gap:?} for {expected:?}");
     }
+    world.resolver.ask_others(Vec::new(), Box::new(world.script.clone()));
+    world.nothing_for(MINUTE).await;
     assert!(gaps.last().is_some_and(|gap| *gap <= 330 * SECOND));
     let report = world.report("a");
     assert!(report.stale && report.error.as_deref() == Some("no answer"), "{report:?}");
-    assert_eq!(log.count(&["WARN", "cannot be resolved"]), 1);
+    assert_eq!(Log::count(&["WARN", "cannot be resolved"]), 1);
     world.has("a", &["192.0.2.1", "2001:db8::1"]);
     world.script.says("a", answers(&["192.0.2.1", "2001:db8::1"], FLOOR));
     world.nothing_for(6 * MINUTE).await;
-    assert_eq!(log.count(&["INFO", "can be resolved again"]), 1);
+    assert_eq!(Log::count(&["INFO", "can be resolved again"]), 1);
     assert!(world.report("a").error.is_none());
 }
 
@@ -413,6 +428,20 @@ async fn a_name_gets_into_the_hosts_file_and_out_of_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_hosts_file_ends_an_outage() {
+    let mut world = World::with(answers(&["192.0.2.1"], FLOOR)).await;
+    world.script.says("a", Answers::failed("no answer"));
+    world.nothing_for(MINUTE).await;
+    world.hosts("10.0.0.1 a\n");
+    assert!(world.change().await <= FLOOR);
+    let report = world.report("a");
+    assert!(!report.stale && report.error.is_none(), "{report:?}");
+    world.has("a", &["10.0.0.1", "192.0.2.1"]);
+    assert_eq!(world.change().await, GRACE);
+    world.has("a", &["10.0.0.1"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_answer_on_its_way_does_not_overrule_the_hosts_file() {
     let mut world = World::new();
     world.script.says("a", answers(&["192.0.2.1"], MINUTE));
@@ -427,43 +456,46 @@ async fn an_answer_on_its_way_does_not_overrule_the_hosts_file() {
 
 #[tokio::test(start_paused = true)]
 async fn addresses_of_this_host_are_refused_and_told_of_once() {
-    let log = Log::default();
-    let _guard = log.start();
+    Log::clear();
     let hostile = ["192.0.2.1", "127.0.0.1", "169.254.169.254", "::1", "fe80::1", "64:ff9b::7f00:1"];
     let mut world = World::with(answers(&hostile, FLOOR)).await;
     world.has("a", &["192.0.2.1"]);
     world.nothing_for(60 * MINUTE).await;
-    assert_eq!(log.count(&["WARN", "refused"]), 5);
-    assert_eq!(log.count(&["WARN", "169.254.169.254", "link-local", "name=a"]), 1);
+    assert_eq!(Log::count(&["WARN", "refused"]), 5);
+    assert_eq!(Log::count(&["WARN", "169.254.169.254", "link-local", "name=a"]), 1);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_change_is_told_of_with_what_came_and_went() {
-    let log = Log::default();
     let mut world = World::with(answers(&["192.0.2.1"], FLOOR)).await;
-    let _guard = log.start();
+    Log::clear();
     world.script.says("a", answers(&["192.0.2.2", "192.0.2.3"], FLOOR));
     world.change().await;
     world.resolver.names();
     world.change().await;
-    assert_eq!(log.count(&["INFO", "name=a", "added=\"192.0.2.2,192.0.2.3\"", "removed=\"\""]), 1);
-    assert_eq!(log.count(&["INFO", "name=a", "added=\"\"", "removed=\"192.0.2.1\""]), 1);
-    assert_eq!(log.count(&["WARN"]), 0);
+    assert_eq!(Log::count(&["INFO", "name=a", "added=\"192.0.2.2,192.0.2.3\"", "removed=\"\""]), 1);
+    assert_eq!(Log::count(&["INFO", "name=a", "added=\"\"", "removed=\"192.0.2.1\""]), 1);
+    assert_eq!(Log::count(&["WARN"]), 0);
 }
 
 #[tokio::test(start_paused = true)]
 async fn other_servers_are_asked_at_once_and_old_questions_are_dropped() {
     let mut world = World::with(answers(&["192.0.2.1"], 60 * MINUTE)).await;
     world.script.state().takes = 60 * MINUTE;
-    world.script.says("b", answers(&["192.0.2.9"], MINUTE));
-    world.want(&["a", "b"]);
+    let names: Vec<String> = (0..2 * MOST_ASKING).map(|number| format!("b{number}")).chain(["a".to_owned()]).collect();
+    world.resolver.want(names.iter().cloned().collect());
     world.nothing_for(MINUTE).await;
     let other = Script::default();
-    other.says("a", answers(&["192.0.2.2"], MINUTE));
-    other.says("b", answers(&["192.0.2.3"], MINUTE));
+    for name in &names {
+        other.says(name, answers(&["192.0.2.2"], MINUTE));
+    }
     world.resolver.ask_others(Vec::new(), Box::new(other));
     world.pass(SECOND).await;
-    world.has("b", &["192.0.2.3"]);
+    assert!(
+        names[..2 * MOST_ASKING]
+            .iter()
+            .all(|name| world.report(name).addresses == ["192.0.2.2".parse::<IpAddr>().unwrap()])
+    );
     world.has("a", &["192.0.2.1", "192.0.2.2"]);
 }
 

@@ -1,5 +1,5 @@
-//! Follows the orders on its standard input, one a line, and answers each by a line; its argument is the uid it takes on
-//! before. [`egress_tests::actor`] is the other side.
+//! Follows the orders on its standard input, one a line, and answers each by a line; its argument is whom it
+//! becomes before. [`egress_tests::actor`] is the other side.
 
 use std::io;
 
@@ -7,6 +7,6 @@ use anyhow::{Context, Result};
 use egress_tests::actor::act;
 
 fn main() -> Result<()> {
-    let uid = std::env::args().nth(1).map(|uid| uid.parse()).transpose().context("the argument is a uid")?;
-    act(io::stdin().lock(), io::stdout().lock(), uid)
+    let identity = std::env::args().nth(1).context("the argument is an identity")?.parse()?;
+    act(io::stdin().lock(), io::stdout().lock(), identity)
 }

@@ -229,6 +229,30 @@ proptest! {
     }
 }
 
+/// That many cgroups, all of them exempt.
+fn exempt(count: u64) -> Layout {
+    let placement = scopes::Placement { own: scopes::Seat::Exempt, below: scopes::Seat::Exempt, level: 1 };
+    Layout { placements: (1..=count).map(|id| (id, placement)).collect(), ..Layout::default() }
+}
+
+#[test]
+fn cgroups_that_there_is_no_room_for_are_placed_by_an_exchange() {
+    let (mut kernel, mut live) = (Kernel::default(), Live::default());
+    change(&mut kernel, &mut live, &exempt(600), Change::Policy);
+    assert_eq!(live.room, 1200);
+    for (count, is_exchange) in [(1200, false), (1201, true), (2402, false)] {
+        let plan = plan(&live, &exempt(count), Change::Cgroups).unwrap();
+        assert_eq!(matches!(plan.steps[..], [Step::Exchange(_)]), is_exchange, "{count}");
+        change(&mut kernel, &mut live, &exempt(count), Change::Cgroups);
+        assert_eq!(kernel.placements.len() as u64, count);
+    }
+    // Those that went take their room until all is tidied.
+    let mut others = exempt(100);
+    others.placements = others.placements.into_iter().map(|(id, placement)| (id + 10_000, placement)).collect();
+    let plan = plan(&live, &others, Change::Cgroups).unwrap();
+    assert!(matches!(plan.steps[..], [Step::Exchange(_)]) && !plan.live.is_untidy, "{:?}", plan.steps);
+}
+
 #[test]
 fn more_scopes_than_there_is_room_for_are_refused_with_numbers() {
     let placed = (1..=4097)

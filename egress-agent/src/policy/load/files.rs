@@ -118,7 +118,7 @@ fn has_policy_extension(path: &Path) -> bool {
 }
 
 /// The entries of directories that decide what a path leads to: one for each step of the way, links included.
-fn places_of(path: &Path) -> Vec<(PathBuf, OsString)> {
+pub(super) fn places_of(path: &Path) -> Vec<(PathBuf, OsString)> {
     let mut places = Vec::new();
     let mut here = PathBuf::from("/");
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());

@@ -1,0 +1,147 @@
+//! What a command was refused, counted, and the policy that would allow it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
+
+use serde::Serialize;
+
+use crate::{
+    compile::Names,
+    events::Connection,
+    explain::{Destination, Explainer},
+    policy::{L4, RuleName},
+};
+
+/// Most destinations that are told apart.
+const MOST: usize = 1000;
+
+/// What was refused so far.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    refused: BTreeMap<Key, Count>,
+    /// Attempts at destinations beyond the most.
+    others: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    verdict: &'static str,
+    protocol: String,
+    address: IpAddr,
+    port: u16,
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    count: u64,
+    rule: Option<RuleName>,
+}
+
+/// What was refused: fields are only ever added to the shape.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "type", rename = "summary")]
+pub struct Summary {
+    /// Each destination once.
+    pub destinations: Vec<Refused>,
+    /// Attempts at further destinations.
+    pub others: u64,
+    /// Documents that would allow all of it that documents can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to_allow: Option<String>,
+}
+
+/// A destination that was refused, or would have been.
+#[derive(Debug, Clone, Serialize)]
+pub struct Refused {
+    /// `deny` or `would_deny`.
+    pub verdict: &'static str,
+    /// `TCP`, `UDP`, or the name or number of another IP protocol.
+    pub protocol: String,
+    /// Where to.
+    pub address: IpAddr,
+    /// Port.
+    pub port: u16,
+    /// Its name, if the policy has one for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// How often.
+    pub count: u64,
+    /// The rule that decided; null if none did.
+    pub rule: Option<RuleName>,
+}
+
+impl Tally {
+    pub(super) fn add(&mut self, connection: &Connection) {
+        let Connection { verdict, ref protocol, ref destination, ref rule, count, .. } = *connection;
+        let (address, port) = (destination.address, destination.port);
+        let key = Key { verdict, protocol: protocol.clone(), address, port };
+        if self.refused.len() >= MOST && !self.refused.contains_key(&key) {
+            self.others += count;
+            return;
+        }
+        let counted = self.refused.entry(key).or_default();
+        counted.count += count;
+        counted.rule.clone_from(rule);
+    }
+
+    pub(super) fn summary(self, explainer: &Explainer<'_>, names: &Names) -> Summary {
+        let host = |address: &IpAddr| {
+            let named = names.0.iter().find(|(_, addresses)| addresses.contains(address));
+            named.map(|(name, _)| name.clone())
+        };
+        let refused = self.refused.into_iter().map(|(key, Count { count, rule })| {
+            let Key { verdict, protocol, address, port } = key;
+            Refused { verdict, protocol, address, port, host: host(&address), count, rule }
+        });
+        let destinations: Vec<Refused> = refused.collect();
+        let documents: BTreeSet<String> =
+            destinations.iter().filter_map(|refused| refused.to_allow(explainer)).collect();
+        let documents: Vec<String> = documents.into_iter().collect();
+        let to_allow = (!documents.is_empty()).then(|| documents.join("---\n"));
+        Summary { destinations, others: self.others, to_allow }
+    }
+}
+
+impl Refused {
+    fn to_allow(&self, explainer: &Explainer<'_>) -> Option<String> {
+        let protocol = L4::parse(&self.protocol)?;
+        let to = Destination { address: self.address, port: self.port, protocol, host: self.host.clone() };
+        explainer.explain(&to).to_allow
+    }
+}
+
+impl Summary {
+    /// Whether nothing was refused.
+    pub fn is_empty(&self) -> bool {
+        self.destinations.is_empty()
+    }
+}
+
+/// For a person.
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.destinations.len();
+        writeln!(f, "refused: {count} destination{}", if count == 1 { "" } else { "s" })?;
+        for refused in &self.destinations {
+            let socket = SocketAddr::new(refused.address, refused.port);
+            write!(f, "{:>6} × {} {} {socket}", refused.count, refused.verdict, refused.protocol)?;
+            if let Some(host) = &refused.host {
+                write!(f, " ({host})")?;
+            }
+            match &refused.rule {
+                Some(rule) => writeln!(f, " by {rule}")?,
+                None => writeln!(f)?,
+            }
+        }
+        if self.others > 0 {
+            writeln!(f, "{:>6} × others", self.others)?;
+        }
+        match &self.to_allow {
+            Some(documents) => write!(f, "to allow it, save this and name it by --policies:\n\n{documents}"),
+            None => Ok(()),
+        }
+    }
+}
