@@ -182,6 +182,9 @@ pub struct ExecArgs {
     /// Do not open the resolvers of /etc/resolv.conf by default.
     #[arg(long)]
     pub no_dns: bool,
+    /// Who resolves the host names of policies; by default the servers of /etc/resolv.conf. The hosts file comes first.
+    #[arg(long, value_name = "IP[:PORT]", env = "EGRESS_RESOLVER", value_delimiter = ',', value_parser = server)]
+    pub resolver: Vec<SocketAddr>,
     /// Run the command as this user, by name or number.
     #[arg(long, value_name = "USER")]
     pub user: Option<String>,

@@ -224,7 +224,9 @@ struct Behind<'a> {
 impl Behind<'_> {
     async fn run(&self, command: &Command<'_>, scratch: &Scratch) -> Result<Ended, ExecError> {
         let target = Target::open(scratch.cgroup(), self.mount)?;
-        let mut resolver = Resolver::new(resolver::Settings::default()).map_err(RunError::from)?;
+        let mut resolver =
+            Resolver::new(resolver::Settings { servers: self.args.resolver.clone(), ..resolver::Settings::default() })
+                .map_err(RunError::from)?;
         resolver.want(self.policy.names.clone());
         resolver.first_answers(RESOLVE_WAIT).await;
         let names = resolver.names();

@@ -127,7 +127,8 @@ impl PinDirectory {
 
 /// Whoever can open the directory can lock it, and keep an agent from starting.
 fn open_private(path: &Path) -> Result<File, PinError> {
-    let is_private = |meta: fs::Metadata| meta.uid() == 0 && meta.mode() & 0o077 == 0;
+    const OTHERS: u32 = 0o077;
+    let is_private = |meta: fs::Metadata| meta.uid() == 0 && meta.mode() & OTHERS == 0;
     // That of another user cannot even be opened without `CAP_DAC_OVERRIDE`, so this is asked first, and last.
     if path.metadata().is_ok_and(|meta| !is_private(meta)) {
         return Err(PinError::NotPrivate(path.to_owned()));

@@ -70,7 +70,10 @@ impl Place {
 
     /// Tells a command of it, whatever the command is.
     pub fn tell(&self, command: &mut Command) {
-        command.env("EGRESS_PIN_DIR", self.pins()).env("EGRESS_RUN_DIR", self.run.path());
+        command
+            .env("EGRESS_PIN_DIR", self.pins())
+            .env("EGRESS_RESOLVER", "127.0.0.1:1")
+            .env("EGRESS_RUN_DIR", self.run.path());
         command.env("EGRESS_EXEC_PIN_DIR", self.exec_pins());
     }
 

@@ -360,8 +360,10 @@ fn a_bpf_file_system_that_goes_takes_nothing_out_of_force_while_the_agent_runs()
     agent.wait_for("policy applied generation=2 ").unwrap();
     expect(&mut world, TWO, ONE);
 
-    let status = || world.place.output(&["status", "--output", "json", "--pin-dir", pins.to_str().unwrap()]).unwrap();
-    let told = status();
+    let status = |world: &World| {
+        world.place.output(&["status", "--output", "json", "--pin-dir", pins.to_str().unwrap()]).unwrap()
+    };
+    let told = status(&world);
     let text = String::from_utf8_lossy(&told.stdout).into_owned();
     assert!(told.status.code() == Some(1) && text.contains("the pins are gone"), "{text}");
     // Also one that is made anew is filtered while the agent runs.
@@ -371,7 +373,7 @@ fn a_bpf_file_system_that_goes_takes_nothing_out_of_force_while_the_agent_runs()
     world.cgroup.take_process(world.dialer.pid()).unwrap();
     expect(&mut world, TWO, ONE);
     agent.kill().unwrap();
-    assert_eq!(status().status.code(), Some(3));
+    assert_eq!(status(&world).status.code(), Some(3));
     // Whoever drops it unmounts it.
     rustix::mount::mount("bpf", bpffs.path(), "bpf", rustix::mount::MountFlags::empty(), None).unwrap();
     let open = eventually("the end of the rules", || world.is_open(ONE).unwrap().then_some(()));

@@ -76,7 +76,10 @@ fn the_kernel_decides_as_the_reference_says() {
             let Some(call) = call(&mut runner, asked) else { continue };
             let answer = judge(&policies, &Workload::default(), &context, asked);
             let is_refused = matches!(answer, Answer::Deny(_));
-            assert_eq!(dialer.is_refused(&call).unwrap(), is_refused, "{call} under\n{text}");
+            if dialer.is_refused(&call).unwrap() != is_refused {
+                let denial = if is_refused { None } else { Some(agent.denial()) };
+                panic!("{call} is {}refused, {denial:?}, under\n{text}", if is_refused { "not " } else { "" });
+            }
             match &answer {
                 Answer::Allow(_) => {}
                 Answer::Deny(why) => check_denial(&agent.denial().unwrap(), "deny", asked, why, dialer.pid()),

@@ -810,7 +810,7 @@ fn flows_that_both_policies_allow_are_never_refused() {
         for swap in 1..=SWAPS {
             world.write(&variants[swap % variants.len()]);
             world.place.reload().unwrap();
-            if dialling.iter().any(std::thread::ScopedJoinHandle::is_finished) {
+            if dialling.iter().any(thread::ScopedJoinHandle::is_finished) {
                 break;
             }
         }
