@@ -127,14 +127,13 @@ impl PinDirectory {
 
 /// Whoever can open the directory can lock it, and keep an agent from starting.
 fn open_private(path: &Path) -> Result<File, PinError> {
-    const OTHERS: u32 = 0o077;
-    let is_private = |meta: fs::Metadata| meta.uid() == 0 && meta.mode() & OTHERS == 0;
+    let is_shared = |meta: &fs::Metadata| meta.uid() != 0 || meta.mode() & 0o077 != 0;
     // That of another user cannot even be opened without `CAP_DAC_OVERRIDE`, so this is asked first, and last.
-    if path.metadata().is_ok_and(|meta| !is_private(meta)) {
+    if path.metadata().is_ok_and(|meta| is_shared(&meta)) {
         return Err(PinError::NotPrivate(path.to_owned()));
     }
     let directory = File::open(path).map_err(failed("open pin directory", path))?;
-    if !is_private(directory.metadata().map_err(failed("look at", path))?) {
+    if is_shared(&directory.metadata().map_err(failed("look at", path))?) {
         return Err(PinError::NotPrivate(path.to_owned()));
     }
     Ok(directory)

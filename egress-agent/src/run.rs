@@ -158,8 +158,9 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let backlog = retire(&pins, enforcement.dataplane.pins().path());
     let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
-    announce(&applied, &policy, &enforcement.cgroup.path);
+    // Whoever waits for the start may ask at once.
     let control = listen(args);
+    announce(&applied, &policy, &enforcement.cgroup.path);
     let (last_error, started) = (None, SystemTime::now());
     let state = State { source, enforcement, policy, hosts, rules: applied.rules, last_error, started };
     let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;

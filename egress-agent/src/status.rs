@@ -254,6 +254,8 @@ impl Status {
         }
         self.degraded.extend(last_error.map(|error| format!("the last good policy stays in force: {error}")));
         if !attached {
+            // The links to a cgroup that is gone take a moment to go.
+            self.enforcing = false;
             self.degraded.push("the cgroup is gone; it is filtered again when it is back".to_owned());
         }
         if !pinned {

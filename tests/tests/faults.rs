@@ -25,10 +25,10 @@ use egress_agent::{
 use egress_tests::{
     agent::Agent,
     bpffs::Bpffs,
-    dial::{Call, Method},
+    dial::{Call, Dialer, Method},
     eventually,
     foreign::{self, Hook, How, Program},
-    unique_name,
+    program, unique_name,
     world::{World, opening},
 };
 use rustix::{
@@ -213,12 +213,11 @@ fn where_the_kernel_refuses_half_way_nothing_stays_attached() {
     assert_eq!(is_refused(&mut world), [true; 4]);
 }
 
-/// An agent on a cgroup, and somebody else who comes later, above it, and wants to be alone.
-fn below_an_exclusive_program(world: &World) -> (World, impl Sized) {
+/// A world whose cgroup is inside that of another: whoever comes to the outer one later may want to be alone.
+fn inside(outer: &World) -> (World, impl Sized) {
     let mut inner = World::opening(&[ONE]).unwrap();
-    let cgroup = world.cgroup.child("inner").unwrap();
-    inner.dialer =
-        egress_tests::dial::Dialer::start(egress_tests::program("dial").unwrap(), &cgroup, &inner.namespace).unwrap();
+    let cgroup = outer.cgroup.child("inner").unwrap();
+    inner.dialer = Dialer::start(program("dial").unwrap(), &cgroup, &inner.namespace).unwrap();
     let outside = std::mem::replace(&mut inner.cgroup, cgroup);
     (inner, outside)
 }
@@ -226,7 +225,7 @@ fn below_an_exclusive_program(world: &World) -> (World, impl Sized) {
 #[test]
 fn where_the_next_start_is_refused_half_way_the_rules_before_stay() {
     let outer = World::opening(&[]).unwrap();
-    let (mut world, _outside) = below_an_exclusive_program(&outer);
+    let (mut world, _outside) = inside(&outer);
     world.start(&[]).unwrap().kill().unwrap();
     let alone = Program::pass(Hook::Sendmsg6).unwrap().attach(&outer.cgroup, How::Exclusive).unwrap();
     world.open_only(&[TWO]).unwrap();
@@ -247,7 +246,7 @@ fn leave(world: &World) {
 #[test]
 fn what_cannot_be_attached_to_a_cgroup_made_anew_is_tried_again() {
     let outer = World::opening(&[]).unwrap();
-    let (mut world, outside) = below_an_exclusive_program(&outer);
+    let (mut world, outside) = inside(&outer);
     let mut agent = world.start(&[]).unwrap();
     let alone = Program::pass(Hook::Connect6).unwrap().attach(&outer.cgroup, How::Exclusive).unwrap();
     leave(&world);
