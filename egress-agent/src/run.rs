@@ -161,8 +161,9 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     // Whoever waits for the start may ask at once.
     let control = listen(args);
     announce(&applied, &policy, &enforcement.cgroup.path);
-    let (last_error, started) = (None, SystemTime::now());
-    let state = State { source, enforcement, policy, hosts, rules: applied.rules, last_error, started };
+    let (last_error, is_being_written, started) = (None, false, SystemTime::now());
+    let state =
+        State { source, enforcement, policy, hosts, rules: applied.rules, last_error, is_being_written, started };
     let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
@@ -299,6 +300,8 @@ struct State {
     rules: usize,
     /// Why the policy that was read last is not in force.
     last_error: Option<String>,
+    /// A policy file was open for writing when it was to be read.
+    is_being_written: bool,
     started: SystemTime,
 }
 
@@ -350,7 +353,9 @@ async fn follow(
             let (returned, retry) = applied?;
             state = returned;
             due = retry.map_or(due.filter(|_| again == Again::Names), |delay| Some(Instant::now() + delay));
-            for answer in waiting.drain(..) {
+            // A file that is being written is read when it is closed.
+            let settled = if state.is_being_written || again == Again::Names { 0 } else { waiting.len() };
+            for answer in waiting.drain(..settled) {
                 // Whoever asked may be gone.
                 let _ = answer.send(state.tell_reload());
             }
@@ -455,6 +460,7 @@ impl State {
 
     /// Tells how it went, and when it is to be tried again.
     fn conclude(&mut self, result: &Result<(), RunError>) -> Option<Duration> {
+        self.is_being_written = matches!(result, Err(RunError::Load(LoadError::BeingWritten { .. })));
         let generation = self.enforcement.dataplane.meta().generation();
         let (status, retry) = match result {
             Ok(()) => (format!("generation {generation}"), None),
