@@ -200,7 +200,13 @@ impl Status {
     }
 
     fn read_attached(&mut self, set: &Path) {
-        let attached = pinned::attached(set);
+        let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
+        let mut path_of = |id| paths.as_mut().map(|paths| paths.path(id, None).map(|path| path.display().to_string()));
+        // A cgroup that was removed keeps its programs until the last socket made in it is closed.
+        let attached: Vec<(Hook, String)> = pinned::attached(set)
+            .into_iter()
+            .filter_map(|(hook, id)| Some((hook, path_of(id).unwrap_or_else(|| Some(id.to_string()))?)))
+            .collect();
         let missing: Vec<&str> = Hook::ALL
             .iter()
             .filter(|hook| attached.iter().all(|(found, _)| found != *hook))
@@ -210,10 +216,7 @@ impl Status {
         if !missing.is_empty() {
             self.degraded.push(format!("not attached: {}; its cgroup is gone, perhaps", missing.join(", ")));
         }
-        let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
-        for (hook, id) in attached {
-            let path = paths.as_mut().and_then(|paths| paths.path(id, None)).map(|path| path.display().to_string());
-            let cgroup = path.unwrap_or_else(|| id.to_string());
+        for (hook, cgroup) in attached {
             match self.attached.iter_mut().find(|attached| attached.cgroup == cgroup) {
                 Some(attached) => attached.hooks.push(hook.as_str()),
                 None => self.attached.push(Attached { cgroup, hooks: vec![hook.as_str()] }),
