@@ -22,7 +22,7 @@ use rustix::process::Signal;
 const ALWAYS: &str = "192.0.2.1";
 const NEVER: &str = "203.0.113.9";
 /// Rounds of all worlds together, unless the environment says otherwise.
-const ROUNDS: u32 = 200;
+const ROUNDS: u32 = 160;
 /// Worlds side by side: an agent mostly waits.
 const WORLDS: u32 = 4;
 /// How long a change of policy takes at most, about; how long a start takes is measured.
