@@ -15,6 +15,7 @@ use std::{
 use egress_tests::{
     agent::Agent,
     dial::{Call, Method},
+    eventually,
     world::World,
 };
 use rustix::process::Signal;
@@ -22,7 +23,7 @@ use rustix::process::Signal;
 const ALWAYS: &str = "192.0.2.1";
 const NEVER: &str = "203.0.113.9";
 /// Rounds of all worlds together, unless the environment says otherwise.
-const ROUNDS: u32 = 200;
+const ROUNDS: u32 = 320;
 /// Worlds side by side: an agent mostly waits.
 const WORLDS: u32 = 4;
 /// How long a change of policy takes at most, about; how long a start takes is measured.
@@ -82,6 +83,17 @@ impl Victim {
         self.write(round);
         let agent = self.world.spawn(&[]).unwrap();
         self.wait(self.start * 5 / 4);
+        agent.kill().unwrap();
+        self.look(round);
+    }
+
+    /// Kills an agent at the steps of its start that others can see.
+    fn kill_at_attach(&mut self, round: u32) {
+        self.write(round);
+        let agent = self.world.spawn(&[]).unwrap();
+        let half_made = self.world.pin(&format!("new-{}", agent.pid()));
+        eventually("the pins of a start", || half_made.exists().then_some(())).unwrap();
+        self.wait(self.start / 3);
         agent.kill().unwrap();
         self.look(round);
     }
@@ -174,8 +186,9 @@ fn whenever_an_agent_is_killed_the_old_or_the_new_policy_is_in_force() {
         let run = |world: u32| {
             let mut victim = Victim::new(seed ^ (u64::from(world) << 32));
             for round in 1..=rounds / WORLDS {
-                match victim.random.below(3) {
-                    0 | 1 => victim.kill_at_start(round),
+                match victim.random.below(4) {
+                    0 => victim.kill_at_start(round),
+                    1 | 2 => victim.kill_at_attach(round),
                     _ => victim.kill_at_change(round),
                 }
             }

@@ -144,12 +144,12 @@ fn the_destinations_tell_the_policies_apart() {
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// How long policies change.
-const TIME: Duration = Duration::from_secs(6);
+const TIME: Duration = Duration::from_secs(5);
 
 fn check(what: &str, changes: u64, tally: &Tally) {
     println!("{what}: {changes} changes, {} calls, {} of them under one policy alone", tally.calls, tally.certain);
     assert_eq!(tally.wrong, 0, "{}", tally.first);
-    assert!(tally.certain > 0 && tally.certain < tally.calls, "{tally:?}");
+    assert!(tally.certain > 50 && tally.certain < tally.calls, "{tally:?}");
 }
 
 /// A cgroup with a filter of its own, without an agent around it.
@@ -186,6 +186,10 @@ impl Filter {
                 let layout = &self.layouts[usize::try_from(number).unwrap() % self.layouts.len()];
                 assert!(self.dataplane.apply(layout, Change::Policy).unwrap().is_changed);
                 hammer.done(number);
+                // Now and then, one policy alone is in force for a while.
+                if number % 8 == 0 {
+                    thread::sleep(Duration::from_millis(20));
+                }
             })
             .last()
             .unwrap_or(0)
@@ -223,7 +227,7 @@ fn each_answer_is_that_of_the_old_or_the_new_policy() {
         total.add(tally);
     }
     check("in the kernel", changes, &total);
-    assert!(changes >= 1_000, "only {changes} changes");
+    assert!(changes >= 500, "only {changes} changes");
 }
 
 /// `run`, whose denials nobody reads.
@@ -246,7 +250,7 @@ fn change(world: &World, hammer: &Hammer, number: u64, mut put_in_force: impl Fn
     world.write(&text(SPECS[usize::try_from(number).unwrap() % SPECS.len()])).unwrap();
     put_in_force();
     hammer.done(number);
-    // Some calls are made under this policy alone.
+    // One policy alone is in force for a while.
     thread::sleep(Duration::from_millis(20));
 }
 
