@@ -147,7 +147,7 @@ impl Cgroup {
     /// Opens the cgroup a user means: a directory of the cgroup2 file system, or a path below its mount. A directory of
     /// another file system hides no cgroup of the same name; `/`, which is one, means the mount itself.
     pub fn open(given: &Path, mount: &Path) -> Result<Self, CgroupError> {
-        let below = mount.join(given.strip_prefix("/").unwrap_or(given));
+        let below = mount.join(below(given));
         let directories = || [given, &below].into_iter().filter(|path| path.is_dir());
         if directories().next().is_none() {
             return Err(CgroupError::NotFound { given: given.to_owned(), below });
@@ -193,11 +193,21 @@ pub(crate) fn directories(mount: &Path) -> impl Iterator<Item = PathBuf> {
     let mut todo = vec![mount.to_owned()];
     std::iter::from_fn(move || {
         let directory = todo.pop()?;
-        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
-        let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        todo.extend(children.map(|entry| entry.path()));
+        todo.extend(children(&directory).map(|name| directory.join(name)));
         Some(directory)
     })
+}
+
+/// The names of the cgroups directly below one. What goes away meanwhile is no longer there to be listed.
+pub(crate) fn children(directory: &Path) -> impl Iterator<Item = OsString> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    children.map(|entry| entry.file_name())
+}
+
+/// The path of a cgroup without its leading slash, as it is below a mount of the hierarchy.
+pub(crate) fn below(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
 }
 
 fn is_on_cgroup2(path: &Path) -> bool {
@@ -333,8 +343,7 @@ mod tests {
     fn the_own_cgroup_holds_the_calling_thread() {
         let mount = mount_point().unwrap();
         let own = own(&mount).unwrap();
-        let threads =
-            fs::read_to_string(mount.join(own.path.strip_prefix("/").unwrap()).join("cgroup.threads")).unwrap();
+        let threads = fs::read_to_string(mount.join(below(&own.path)).join("cgroup.threads")).unwrap();
         assert!(threads.lines().any(|line| line == gettid().as_raw_nonzero().to_string()), "{own:?}");
     }
 

@@ -339,10 +339,10 @@ impl Dataplane {
         self.rules.names.clone()
     }
 
-    /// Every counter with its value, summed over the CPUs.
-    pub fn counters(&self) -> Result<Vec<(Counter, u64)>, DataplaneError> {
+    /// How many events found no room in the ring buffer.
+    pub fn lost(&self) -> Result<u64, DataplaneError> {
         let stats = self.ebpf.map(map::STATS).ok_or(DataplaneError::Missing { what: "map", name: map::STATS })?;
-        pinned::read_counters(stats)
+        pinned::read_counter(stats, Counter::EventsLost)
     }
 }
 

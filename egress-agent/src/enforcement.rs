@@ -14,7 +14,7 @@ use crate::{
     policy::load::Watched,
     ruleset::Ruleset,
     run::{RunError, chain, system},
-    scopes::{Layout, Node, Scope, Seat, Selector},
+    scopes::{Layout, Placement, Seat, Selector},
     status,
     watch::Watch,
 };
@@ -41,7 +41,7 @@ pub(crate) struct Enforcement {
     agent: Option<Cgroup>,
     selector: Selector,
     /// What is in force.
-    pub(crate) layout: Layout,
+    layout: Layout,
     pub(crate) dataplane: Dataplane,
 }
 
@@ -84,10 +84,10 @@ impl Enforcement {
     /// Puts the first policy into the kernel; nothing is attached yet. Must be called in a tokio runtime.
     pub(crate) fn new(target: Target, dataplane: Dataplane, selector: Selector) -> Result<(Self, Applied), RunError> {
         let Target { mount, given, cgroup, agent } = target;
-        let always = agent.as_ref().map(|agent| agent.path.clone());
+        let always = agent.as_ref().map(|agent| agent.path.as_path());
         let hierarchy = Hierarchy::new(&mount, &cgroup.path, always).map_err(system(CANNOT_WATCH))?;
         let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
-        let directory = mount.join(cgroup.path.strip_prefix("/").unwrap_or(&cgroup.path));
+        let directory = mount.join(cgroup::below(&cgroup.path));
         watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
         let mut enforcement = Self {
             given,
@@ -239,34 +239,26 @@ impl Enforcement {
 
     /// The scopes in force, for `status`.
     pub(crate) fn scopes(&self) -> Vec<status::Scope> {
-        let nodes = self.hierarchy.nodes();
-        let cgroups = |index: usize| {
-            let is_in =
-                |node: &&Node| self.layout.placements.get(&node.id).is_some_and(|at| at.own == Seat::Scope(index));
-            nodes.iter().filter(is_in).map(|node| format!("/{}", node.path)).collect::<Vec<_>>()
-        };
-        let users = |index: usize| {
-            let of_scope = |scope: &Scope| {
-                scope.users.iter().filter(|&(_, of)| *of == index).map(|(&uid, _)| uid).collect::<Vec<_>>()
-            };
-            let users: BTreeSet<u32> = self.layout.scopes.iter().flat_map(of_scope).collect();
-            users.into_iter().collect::<Vec<_>>()
-        };
-        self.layout
-            .scopes
-            .iter()
-            .enumerate()
-            .map(|(index, scope)| {
-                let (cgroups, users) = (cgroups(index), users(index));
-                let prefixes = scope.ruleset.views(Ruleset::SCOPE).map(|(_, table)| table.entries().len()).sum();
-                status::Scope {
-                    id: self.dataplane.number(index).map_or(0, egress_common::Scope::index),
-                    policies: scope.policies.iter().map(ToString::to_string).collect(),
-                    workloads: cgroups.len() + users.len(),
-                    cgroups,
-                    users,
-                    prefixes,
-                }
+        let Layout { scopes, placements, .. } = &self.layout;
+        let mut cgroups = vec![Vec::new(); scopes.len()];
+        for node in self.hierarchy.nodes() {
+            if let Some(&Placement { own: Seat::Scope(index), .. }) = placements.get(&node.id) {
+                cgroups[index].push(format!("/{}", node.path));
+            }
+        }
+        let mut users = vec![BTreeSet::new(); scopes.len()];
+        for (&uid, &index) in scopes.iter().flat_map(|scope| &scope.users) {
+            users[index].insert(uid);
+        }
+        let with_workloads = scopes.iter().zip(cgroups).zip(users).enumerate();
+        with_workloads
+            .map(|(index, ((scope, cgroups), users))| status::Scope {
+                id: self.dataplane.number(index).map_or(0, egress_common::Scope::index),
+                policies: scope.policies.iter().map(ToString::to_string).collect(),
+                workloads: cgroups.len() + users.len(),
+                cgroups,
+                users: users.into_iter().collect(),
+                prefixes: scope.ruleset.views(Ruleset::SCOPE).map(|(_, table)| table.entries().len()).sum(),
             })
             .collect()
     }

@@ -75,6 +75,13 @@ pub struct Destination {
 pub struct HostNames(Arc<RwLock<HashMap<IpAddr, String>>>);
 
 impl HostNames {
+    /// These, until others are set.
+    pub fn new(names: &Names) -> Self {
+        let hosts = Self::default();
+        hosts.set(names);
+        hosts
+    }
+
     /// From now on these. Of several names of an address, the first is told.
     pub fn set(&self, names: &Names) {
         let mut by_address = HashMap::new();

@@ -13,7 +13,6 @@ use std::{
     time::Duration,
 };
 
-use egress_common::Counter;
 use rustix::process::{Resource, Rlimit, getrlimit};
 use thiserror::Error;
 use tokio::{
@@ -24,7 +23,7 @@ use tokio::{
 use crate::{
     cgroup::{self, CgroupPaths},
     cli::{ExecArgs, LogLevel},
-    compile::NodeDefault,
+    compile::{Context, NodeDefault},
     dataplane::{self, Dataplane, DataplaneError, KernelLog},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
@@ -224,17 +223,12 @@ struct Behind<'a> {
 impl Behind<'_> {
     async fn run(&self, command: &Command<'_>, scratch: &Scratch) -> Result<Ended, ExecError> {
         let target = Target::open(scratch.cgroup(), self.mount)?;
-        let mut resolver =
-            Resolver::new(resolver::Settings { servers: self.args.resolver.clone(), ..resolver::Settings::default() })
-                .map_err(RunError::from)?;
-        resolver.want(self.policy.names.clone());
-        resolver.first_answers(RESOLVE_WAIT).await;
-        let names = resolver.names();
-        let hosts = HostNames::default();
-        hosts.set(&names);
+        let settings = resolver::Settings { servers: self.args.resolver.clone(), ..resolver::Settings::default() };
+        let started = Resolver::start(settings, self.policy.names.clone(), RESOLVE_WAIT).await;
+        let (mut resolver, names) = started.map_err(RunError::from)?;
+        let hosts = HostNames::new(&names);
         let context = self.source.context(self.policy, names.clone());
         let workload = described(&target.cgroup.path, command);
-        let explainer = Explainer::new(&self.policy.set, workload, &context).map_err(RunError::from)?;
         let dataplane = Dataplane::prepare(self.object, self.log, scratch.pins().begin()?, MEMORY_LIMIT)?;
         let selector = self.source.selector(self.policy, names);
         let (mut enforcement, _) = Enforcement::new(target, dataplane, selector)?;
@@ -255,7 +249,17 @@ impl Behind<'_> {
         }
         report_lost(&enforcement.dataplane);
         let tally = tally.lock().map(|mut tally| std::mem::take(&mut *tally)).unwrap_or_default();
-        Ok(Ended { code: code(status?), summary: tally.summary(&explainer, &context.names) })
+        Ok(Ended { code: code(status?), summary: self.summary(tally, workload, &context) })
+    }
+
+    /// The rules are compiled for it once more, so only where something was refused.
+    fn summary(&self, tally: Tally, workload: Workload, context: &Context) -> Summary {
+        let explainer = if tally.is_empty() { None } else { Some(Explainer::new(&self.policy.set, workload, context)) };
+        let explainer = explainer.transpose().unwrap_or_else(|error| {
+            tracing::error!(%error, "cannot tell what would allow what was refused");
+            None
+        });
+        tally.summary(explainer.as_ref(), &context.names)
     }
 
     /// Denials go to stderr: stdout is the command's.
@@ -320,13 +324,11 @@ impl Behind<'_> {
 /// The command as policies see it.
 fn described(cgroup: &Path, command: &Command<'_>) -> Workload {
     let user = UserIdentity { uid: Some(command.uid()), name: command.user.and_then(|user| user.name.clone()) };
-    let below = cgroup.strip_prefix("/").unwrap_or(cgroup).to_string_lossy();
-    Workload { user: Some(user), ..workload(&below) }
+    Workload { user: Some(user), ..workload(&cgroup::below(cgroup).to_string_lossy()) }
 }
 
 fn report_lost(dataplane: &Dataplane) {
-    let counters = dataplane.counters().unwrap_or_default();
-    let lost = counters.iter().find(|(counter, _)| *counter == Counter::EventsLost).map_or(0, |(_, count)| *count);
+    let lost = dataplane.lost().unwrap_or_default();
     if lost > 0 {
         tracing::warn!(lost, "denials were not reported: the ring buffer was full");
     }

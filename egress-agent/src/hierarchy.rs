@@ -14,12 +14,16 @@ use std::{
 
 use egress_common::MAX_LEVEL;
 use rustix::{
-    fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags},
+    fs::inotify::{self, ReadFlags, Reader, WatchFlags},
     io::Errno,
 };
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::io::unix::AsyncFd;
 
-use crate::scopes::Node;
+use crate::{
+    cgroup::{below, children},
+    scopes::Node,
+    watch::inotify,
+};
 
 /// Cgroups that come and go. The parents of those that are known are watched.
 const CHANGES: WatchFlags = WatchFlags::CREATE
@@ -42,9 +46,9 @@ pub(crate) struct Hierarchy {
     watches: HashMap<i32, PathBuf>,
 }
 
-/// What was noticed.
+/// Cgroups came or went.
 #[derive(Debug, Default)]
-struct Noticed {
+pub(crate) struct Changed {
     /// Cgroups that came or went, or both.
     cgroups: Vec<PathBuf>,
     /// Some changes were not noticed.
@@ -53,14 +57,11 @@ struct Noticed {
 
 impl Hierarchy {
     /// Of the cgroup `top`, a path below the mount; nothing is known yet. Must be called in a tokio runtime.
-    pub(crate) fn new(mount: &Path, top: &Path, always: Option<PathBuf>) -> io::Result<Self> {
-        let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        // SAFETY: the registered value owns its descriptor, which is closed only when that value is dropped.
-        let inotify = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
-        let top = top.strip_prefix("/").unwrap_or(top).to_owned();
-        let always = always.map(|path| path.strip_prefix("/").map(Path::to_owned).unwrap_or(path));
-        let always = always.filter(|path| path.starts_with(&top));
-        Ok(Self { mount: mount.to_owned(), top, known: BTreeMap::new(), always, inotify, watches: HashMap::new() })
+    pub(crate) fn new(mount: &Path, top: &Path, always: Option<&Path>) -> io::Result<Self> {
+        let top = below(top).to_owned();
+        let always = always.map(below).filter(|path| path.starts_with(&top)).map(Path::to_owned);
+        let (known, watches) = (BTreeMap::new(), HashMap::new());
+        Ok(Self { mount: mount.to_owned(), top, known, always, inotify: inotify()?, watches })
     }
 
     /// The known cgroups, the top first and parents before children.
@@ -81,20 +82,19 @@ impl Hierarchy {
         loop {
             let mut ready = self.inotify.readable().await?;
             let watches = &mut self.watches;
-            match ready.try_io(|inotify| drain(inotify, watches)) {
-                Ok(Ok(noticed)) if noticed.missed || !noticed.cgroups.is_empty() => return Ok(Changed(noticed)),
-                Ok(Err(error)) => return Err(error),
-                Ok(Ok(_)) | Err(_) => {}
+            // An error here is that it was not ready after all.
+            if let Ok(changed) = ready.try_io(|inotify| drain(inotify, watches)) {
+                return changed;
             }
         }
     }
 
     /// Looks again at what changed.
     pub(crate) fn update(&mut self, changed: Changed, looks_below: &dyn Fn(&str) -> bool) -> io::Result<()> {
-        if changed.0.missed {
+        if changed.missed {
             return self.look(looks_below);
         }
-        for cgroup in changed.0.cgroups {
+        for cgroup in changed.cgroups {
             self.forget(&cgroup);
             self.visit(cgroup, looks_below)?;
         }
@@ -129,12 +129,8 @@ impl Hierarchy {
             if path.components().count() < usize::from(MAX_LEVEL) {
                 let leads_to_always =
                     |name: &OsString| self.always.as_ref().is_some_and(|always| always.starts_with(path.join(name)));
-                todo.extend(
-                    children(&directory)
-                        .into_iter()
-                        .filter(|name| looks || leads_to_always(name))
-                        .map(|name| path.join(name)),
-                );
+                let wanted = children(&directory).filter(|name| looks || leads_to_always(name));
+                todo.extend(wanted.map(|name| path.join(name)));
             }
             self.known.insert(path, meta.ino());
         }
@@ -154,39 +150,25 @@ impl Hierarchy {
     }
 }
 
-/// Cgroups came or went.
-#[derive(Debug)]
-pub(crate) struct Changed(Noticed);
-
-fn children(directory: &Path) -> Vec<OsString> {
-    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
-    let is_cgroup = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
-    entries.flatten().filter(is_cgroup).map(|entry| entry.file_name()).collect()
-}
-
-/// Reads all there is.
-fn drain(fd: impl AsFd, watches: &mut HashMap<i32, PathBuf>) -> io::Result<Noticed> {
+/// Reads all there is; an error if nothing of it is of interest.
+fn drain(fd: impl AsFd, watches: &mut HashMap<i32, PathBuf>) -> io::Result<Changed> {
     let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
     let mut reader = Reader::new(fd, &mut buffer);
-    let mut noticed = Noticed::default();
+    let mut changed = Changed::default();
     loop {
         match reader.next() {
-            Ok(event) if event.events().contains(ReadFlags::QUEUE_OVERFLOW) => noticed.missed = true,
+            Ok(event) if event.events().contains(ReadFlags::QUEUE_OVERFLOW) => changed.missed = true,
             Ok(event) if event.events().contains(ReadFlags::IGNORED) => drop(watches.remove(&event.wd())),
             Ok(event) => {
                 let parent = watches.get(&event.wd());
                 let name = event.file_name().map(|name| OsStr::from_bytes(name.to_bytes()));
-                noticed.cgroups.extend(parent.zip(name).map(|(parent, name)| parent.join(name)));
+                changed.cgroups.extend(parent.zip(name).map(|(parent, name)| parent.join(name)));
             }
             Err(Errno::AGAIN) => break,
             Err(errno) => return Err(errno.into()),
         }
     }
-    noticed.cgroups.sort();
-    noticed.cgroups.dedup();
-    if noticed.cgroups.is_empty() && !noticed.missed {
-        // Nothing of interest; the descriptor is asked again.
-        return Err(io::ErrorKind::WouldBlock.into());
-    }
-    Ok(noticed)
+    changed.cgroups.sort();
+    changed.cgroups.dedup();
+    if changed.cgroups.is_empty() && !changed.missed { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(changed) }
 }

@@ -24,8 +24,7 @@ use egress_agent::{
         diagnostic::{Color, Severity, render},
         load::{LoadOptions, load},
     },
-    privileges::{self, CapabilitySet, FOREIGN_FILES},
-    resolv,
+    privileges, resolv,
     run::{self, Reloaded, chain},
     settings,
     status::Status,
@@ -217,16 +216,9 @@ fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
     privileges::prepare();
     // The only thing that needs more than is kept. Whether it is mounted is seen when it is used.
     pins::mount_bpffs(&args.pin_dir);
-    let foreign = if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() };
     // Before there is a second thread, which would keep its own.
-    privileges::keep_only(privileges::START | foreign);
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "cannot start");
-            return ExitCode::from(4);
-        }
-    };
+    privileges::keep_only(privileges::START | run::files(args));
+    let Some(runtime) = runtime() else { return ExitCode::from(4) };
     let result = runtime.block_on(run::run(args, log, OBJECT));
     // A policy that is still being compiled when the agent is asked to stop is not waited for.
     runtime.shutdown_background();
@@ -239,16 +231,16 @@ fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
     }
 }
 
+/// Everything but what takes its time is done on this thread. An error is told here.
+fn runtime() -> Option<tokio::runtime::Runtime> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.inspect_err(|error| tracing::error!(%error, "cannot start")).ok()
+}
+
 fn exec(args: &ExecArgs, log: LogLevel) -> ExitCode {
     let locked_memory = exec::prepare(args);
     let sudo = Sudo { uid: std::env::var_os("SUDO_UID"), gid: std::env::var_os("SUDO_GID") };
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "cannot start");
-            return ExitCode::from(exec::FAILED);
-        }
-    };
+    let Some(runtime) = runtime() else { return ExitCode::from(exec::FAILED) };
     match runtime.block_on(exec::exec(args, log, OBJECT, &sudo, locked_memory)) {
         Ok(Ended { code, summary }) => {
             if !summary.is_empty() {

@@ -72,7 +72,7 @@ fn by_pid(pid: Option<u32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }
 
-fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError + use<> {
+pub(crate) fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError + use<> {
     let path = path.to_owned();
     move |cause| PinError::Io { what, path, cause }
 }

@@ -120,6 +120,19 @@ impl Resolver {
         Ok(Self::with(settings, servers, Box::new(dns)))
     }
 
+    /// A resolver of these names, and what is known of them after each was answered or failed once, or after `limit`.
+    pub async fn start(
+        settings: Settings,
+        names: BTreeSet<String>,
+        limit: Duration,
+    ) -> Result<(Self, Names), ResolverError> {
+        let mut resolver = Self::new(settings)?;
+        resolver.want(names);
+        resolver.first_answers(limit).await;
+        let names = resolver.names();
+        Ok((resolver, names))
+    }
+
     fn with(settings: Settings, servers: Vec<SocketAddr>, dns: Box<dyn Ask + Send>) -> Self {
         let timing = Timing::new(settings.floor, settings.grace);
         Self {

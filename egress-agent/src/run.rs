@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use egress_common::{Counter, Event};
+use egress_common::Event;
 use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -140,12 +140,9 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
     let limit = args.memory_limit.saturating_mul(1_000_000);
     let dataplane = Dataplane::prepare(object, kernel_log(log), pins.begin()?, limit)?;
-    let mut resolver = Resolver::new(resolver_settings(args))?;
-    resolver.want(policy.names.clone());
-    resolver.first_answers(Duration::from_secs(args.resolve_wait)).await;
-    let names = resolver.names();
-    let hosts = HostNames::default();
-    hosts.set(&names);
+    let wait = Duration::from_secs(args.resolve_wait);
+    let (resolver, names) = Resolver::start(resolver_settings(args), policy.names.clone(), wait).await?;
+    let hosts = HostNames::new(&names);
     let selector = source.selector(&policy, names);
     let (mut enforcement, applied) = Enforcement::new(target, dataplane, selector)?;
     // Before there is something to undo, a signal simply ends the process.
@@ -153,8 +150,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     enforcement.attach()?;
     enforcement.dataplane.commit()?;
     // Before there is a second thread, which would keep its own.
-    let foreign = if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() };
-    privileges::keep_only(privileges::RUNNING | foreign);
+    privileges::keep_only(privileges::RUNNING | files(args));
     let backlog = retire(&pins, enforcement.dataplane.pins().path());
     let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
@@ -178,6 +174,11 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
         tracing::info!("asked to stop: the rules stay in force; `egress-agent detach` removes them");
     }
     Ok(())
+}
+
+/// The capabilities that reading the policy files takes.
+pub const fn files(args: &RunArgs) -> CapabilitySet {
+    if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() }
 }
 
 fn options(args: &RunArgs) -> SourceOptions {
@@ -505,11 +506,10 @@ impl State {
 
     /// Tells of events that found no room in the ring buffer since the last time.
     fn report_lost(&self, before: &mut u64) {
-        let counters = match self.enforcement.dataplane.counters() {
-            Ok(counters) => counters,
+        let lost = match self.enforcement.dataplane.lost() {
+            Ok(lost) => lost,
             Err(error) => return tracing::error!(error = %chain(&error), "cannot read the counters"),
         };
-        let lost = counters.iter().find(|(counter, _)| *counter == Counter::EventsLost).map_or(0, |(_, count)| *count);
         if lost > *before {
             tracing::warn!(lost = lost - *before, total = lost, "denials were not reported: the ring buffer was full");
             *before = lost;

@@ -136,11 +136,6 @@ impl Selector {
         Self { policies, context, unknown, users, scopes: Vec::new(), known: HashMap::new(), placed: HashMap::new() }
     }
 
-    /// The policies.
-    pub fn policies(&self) -> &PolicySet {
-        &self.policies
-    }
-
     /// Whether cgroups directly below a path are to be placed.
     pub fn looks_below(&self, path: &str) -> bool {
         self.policies.egress_policies.iter().any(|policy| selects_only_below(policy, path))

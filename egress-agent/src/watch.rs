@@ -51,10 +51,7 @@ struct Places {
 impl Watch {
     /// Watches nothing yet. Must be called in a tokio runtime.
     pub fn new() -> io::Result<Self> {
-        let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        // SAFETY: the registered value owns its descriptor, which is closed only when that value is dropped.
-        let inotify = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
-        Ok(Self { inotify, places: Places::default() })
+        Ok(Self { inotify: inotify()?, places: Places::default() })
     }
 
     /// Watches these places from now on. A directory that is not there is left out; its parent tells when it comes.
@@ -81,6 +78,13 @@ impl Watch {
             }
         }
     }
+}
+
+/// A new queue of events. Must be called in a tokio runtime.
+pub(crate) fn inotify() -> io::Result<AsyncFd<OwnedFd>> {
+    let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+    // SAFETY: the registered value owns its descriptor, which is closed only when that value is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
 /// Reads all there is. Whether anything in it is a change.

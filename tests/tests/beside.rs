@@ -10,13 +10,12 @@ use std::{
     net::{SocketAddr, SocketAddrV4, TcpListener, UdpSocket},
     os::fd::AsFd,
     path::Path,
-    process::Command,
     time::Duration,
 };
 
 use egress_tests::{
     actor::{Actor, Outcome},
-    agent::{Agent, binary},
+    agent::{Agent, run_command},
     cgroup::Cgroup,
     foreign::{Hook, How, Program},
     netns::Netns,
@@ -200,9 +199,7 @@ fn one_refusal_is_enough_whoever_runs_first() {
 #[track_caller]
 fn does_not_start(cgroup: &Cgroup, hook: &str) {
     let policies = open_only(backend());
-    let mut command = Command::new(binary().unwrap());
-    command.arg("run").arg("--policies").arg(policies.path()).arg("--cgroup").arg(cgroup.path());
-    let mut agent = Agent::spawn(command).unwrap();
+    let mut agent = Agent::spawn(run_command(policies.path(), cgroup.path(), &[]).unwrap()).unwrap();
     let status = agent.exit_status().unwrap();
     let log = agent.rest().unwrap().1.join("\n");
     assert_eq!(status.code(), Some(4), "{log}");

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result};
 use egress_agent::cgroup::{mount_point, own};
 use egress_tests::{
-    agent::{Agent, binary},
+    agent::{self, Agent},
     cgroup::Cgroup,
     dial::{Call, Dialer, Method},
     netns::Netns,
@@ -31,9 +31,7 @@ fn contained(command: &Command, cgroup: &Cgroup, preparation: &str) -> Command {
 }
 
 fn run_command(policies: &Path, cgroup: &str) -> Command {
-    let mut command = Command::new(binary().unwrap());
-    command.arg("run").arg("--policies").arg(policies).args(["--cgroup", cgroup, "--output", "json"]);
-    command
+    agent::run_command(policies, Path::new(cgroup), &[]).unwrap()
 }
 
 /// Takes the host's hierarchy away and mounts what the namespace sees of it.

@@ -60,8 +60,7 @@ impl World {
     }
 
     fn status(&self) -> Value {
-        let output = self.place.output(&["status", "--output", "json"]).unwrap();
-        serde_json::from_slice(&output.stdout).unwrap()
+        self.place.status().unwrap().1
     }
 }
 

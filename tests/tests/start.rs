@@ -11,7 +11,7 @@ use std::{
 
 use egress_tests::{
     PATIENCE,
-    agent::{Agent, binary},
+    agent::{self, Agent, binary},
     bpffs::Bpffs,
     cgroup::Cgroup,
 };
@@ -25,9 +25,7 @@ fn policies(text: &str) -> TempDir {
 }
 
 fn run_command(policies: &Path, cgroup: &Path) -> Command {
-    let mut command = Command::new(binary().unwrap());
-    command.arg("run").arg("--policies").arg(policies).arg("--cgroup").arg(cgroup).args(["--output", "json"]);
-    command
+    agent::run_command(policies, cgroup, &[]).unwrap()
 }
 
 /// The exit status and the log of a command that ends by itself.

@@ -11,7 +11,7 @@ use egress_common::{ABI_VERSION, Counter, Event, Hook, Meta, map};
 use zerocopy::{FromBytes, transmute};
 
 use super::{DataplaneError, failed, sys};
-use crate::pins::PinError;
+use crate::pins::{self, PinError};
 
 /// Who filled the maps of a set, and with what. An error if they are of another version.
 pub fn meta(set: &Path) -> Result<Meta, DataplaneError> {
@@ -26,21 +26,26 @@ fn open(set: &Path, name: &'static str) -> Result<MapData, DataplaneError> {
     MapData::from_pin(set.join(name)).map_err(|cause| failed(name, "open", cause))
 }
 
-/// Every counter of a set with its value, summed over the CPUs.
+/// Every counter of a set with its value.
 pub fn counters(set: &Path) -> Result<Vec<(Counter, u64)>, DataplaneError> {
-    read_counters(&Map::PerCpuArray(open(set, map::STATS)?))
+    let stats = open_stats(set)?;
+    Counter::all().map(|counter| Ok((counter, read_counter(&stats, counter)?))).collect()
 }
 
 /// How many events of a set found no room.
 pub fn lost(set: &Path) -> Result<u64, DataplaneError> {
-    let counters = counters(set)?;
-    Ok(counters.into_iter().find(|(counter, _)| *counter == Counter::EventsLost).map_or(0, |(_, count)| count))
+    read_counter(&open_stats(set)?, Counter::EventsLost)
 }
 
-pub(super) fn read_counters(stats: &Map) -> Result<Vec<(Counter, u64)>, DataplaneError> {
+fn open_stats(set: &Path) -> Result<Map, DataplaneError> {
+    Ok(Map::PerCpuArray(open(set, map::STATS)?))
+}
+
+/// The value of a counter, summed over the CPUs.
+pub(super) fn read_counter(stats: &Map, counter: Counter) -> Result<u64, DataplaneError> {
     let read = |cause| failed(map::STATS, "read", cause);
     let stats = PerCpuArray::<_, u64>::try_from(stats).map_err(read)?;
-    Counter::all().map(|counter| Ok((counter, stats.get(&counter.index(), 0).map_err(read)?.iter().sum()))).collect()
+    Ok(stats.get(&counter.index(), 0).map_err(read)?.iter().sum())
 }
 
 /// What a map of a set takes.
@@ -122,15 +127,13 @@ pub fn detach(set: &Path) -> Result<(), PinError> {
         if !path.exists() {
             continue;
         }
-        let failed = |what| {
-            let path = path.clone();
-            move |cause| PinError::Io { what, path, cause }
-        };
-        let link = sys::open_pin(&path).map_err(failed("open"))?;
+        let link = sys::open_pin(&path).map_err(pins::failed("open", &path))?;
         // Kernels before 5.11 know no detaching; there, the last one to let go of the link ends it.
         match sys::detach(link.as_fd()) {
-            Err(error) if error.kind() != io::ErrorKind::InvalidInput => return Err(failed("detach")(error)),
-            _ => fs::remove_file(&path).map_err(failed("remove"))?,
+            Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
+                return Err(pins::failed("detach", &path)(error));
+            }
+            _ => fs::remove_file(&path).map_err(pins::failed("remove", &path))?,
         }
     }
     Ok(())
@@ -152,5 +155,5 @@ pub fn drain(set: &Path) -> Result<Vec<Event>, DataplaneError> {
 /// Removes a set with all it enforces.
 pub fn remove(set: &Path) -> Result<(), PinError> {
     detach(set)?;
-    fs::remove_dir_all(set).map_err(|cause| PinError::Io { what: "remove", path: set.to_owned(), cause })
+    fs::remove_dir_all(set).map_err(pins::failed("remove", set))
 }

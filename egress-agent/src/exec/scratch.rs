@@ -71,16 +71,12 @@ impl Scratch {
         match vanishes(&self.cgroup, GRACE) {
             Ok(true) => {}
             Ok(false) => return Ok(processes(&self.cgroup).max(1)),
-            Err(cause) => return Err(failed(&self.cgroup, cause)),
+            Err(cause) => return Err(pins::failed("remove", &self.cgroup)(cause)),
         }
         self.pins.sets()?.iter().try_for_each(|set| pinned::remove(set))?;
         self.pins.remove()?;
         Ok(0)
     }
-}
-
-fn failed(path: &Path, cause: io::Error) -> PinError {
-    PinError::Io { what: "remove", path: path.to_owned(), cause }
 }
 
 /// The claim on the directory above all pins, which others have for a moment only.
@@ -129,7 +125,7 @@ fn sweep_below(base: &Path, mount: &Path) {
 fn sweep_one(pins: &Path, mount: &Path, paths: &mut CgroupPaths) -> Result<bool, PinError> {
     let Some(cgroups) = cgroups(pins, mount, paths) else { return Ok(false) };
     for cgroup in cgroups {
-        if !vanishes(&cgroup, Duration::ZERO).map_err(|cause| failed(&cgroup, cause))? {
+        if !vanishes(&cgroup, Duration::ZERO).map_err(pins::failed("remove", &cgroup))? {
             return Ok(false);
         }
     }
@@ -147,8 +143,7 @@ fn cgroups(pins: &Path, mount: &Path, paths: &mut CgroupPaths) -> Option<Vec<Pat
         let is_it = |path: &PathBuf| path.file_name() == pins.file_name() && is_roots(path).unwrap_or(false);
         return Some(directories(mount).filter(is_it).collect());
     }
-    let below = |path: &Path| mount.join(path.strip_prefix("/").unwrap_or(path));
-    ids.into_iter().map(|id| paths.path(id, None).map(below)).collect()
+    ids.into_iter().map(|id| paths.path(id, None).map(|path| mount.join(cgroup::below(path)))).collect()
 }
 
 /// Makes a cgroup below this process's own, so that whoever filters that judges the command too; where that cannot be,
@@ -159,7 +154,7 @@ fn make_cgroup(mount: &Path, name: &str, uid: u32) -> Result<PathBuf, ExecError>
         PathBuf::from("/")
     };
     let own = cgroup::own(mount).map_or_else(unknown, |own| own.path);
-    let above: Vec<PathBuf> = own.strip_prefix("/").unwrap_or(&own).ancestors().map(|path| mount.join(path)).collect();
+    let above: Vec<PathBuf> = cgroup::below(&own).ancestors().map(|path| mount.join(path)).collect();
     let mut failure = None;
     for parent in &above {
         let made = if keeps(parent, mount, uid) {

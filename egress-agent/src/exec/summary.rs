@@ -87,7 +87,13 @@ impl Tally {
         counted.rule.clone_from(rule);
     }
 
-    pub(super) fn summary(self, explainer: &Explainer<'_>, names: &Names) -> Summary {
+    /// Whether nothing was refused.
+    pub(super) fn is_empty(&self) -> bool {
+        self.refused.is_empty()
+    }
+
+    /// Without an explainer, nothing is said of what would allow it.
+    pub(super) fn summary(self, explainer: Option<&Explainer<'_>>, names: &Names) -> Summary {
         let host = |address: &IpAddr| {
             let named = names.0.iter().find(|(_, addresses)| addresses.contains(address));
             named.map(|(name, _)| name.clone())
@@ -98,7 +104,7 @@ impl Tally {
         });
         let destinations: Vec<Refused> = refused.collect();
         let documents: BTreeSet<String> =
-            destinations.iter().filter_map(|refused| refused.to_allow(explainer)).collect();
+            destinations.iter().filter_map(|refused| refused.to_allow(explainer?)).collect();
         let documents: Vec<String> = documents.into_iter().collect();
         let to_allow = (!documents.is_empty()).then(|| documents.join("---\n"));
         Summary { destinations, others: self.others, to_allow }
