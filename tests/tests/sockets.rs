@@ -12,6 +12,7 @@ use egress_tests::{
     actor::{Actor, Outcome},
     agent::Agent,
     cgroup::Cgroup,
+    dnsmasq::Dnsmasq,
     netns::Netns,
 };
 use rustix::io::Errno;
@@ -188,6 +189,30 @@ fn replies_can_be_denied_and_a_deny_that_matches_wins() {
     assert_eq!(scene.actor.send_with_made_socket(address(at)).unwrap(), DONE);
     scene.change("replies: Allow, deny: [{ to: [{ cidr: 203.0.113.0/24 }] }]", 3);
     assert_eq!(scene.actor.send_with_made_socket(address(at)).unwrap(), REFUSED);
+}
+
+/// A question for the address of `host.test`.
+const QUESTION: &[u8] = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04host\x04test\x00\x00\x01\x00\x01";
+
+#[test]
+fn a_dns_server_answers_its_clients() {
+    let mut scene = Scene::new("dns: { servers: None }", &[]);
+    let hosts = "198.51.100.7 host.test\n";
+    let _server =
+        Dnsmasq::start_in(&scene.namespace, Some(&scene.cgroup), "192.0.2.1", hosts, &["--local=/test/"]).unwrap();
+    let client = scene.namespace.run(|| UdpSocket::bind("203.0.113.7:0").unwrap()).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    client.send_to(QUESTION, "192.0.2.1:53").unwrap();
+    let mut answer = [0; 512];
+    let (length, server) = client.recv_from(&mut answer).unwrap();
+    assert_eq!(server, address("192.0.2.1:53"));
+    assert!(answer[..length].ends_with(&[198, 51, 100, 7]), "{:?}", &answer[..length]);
+
+    scene.change("dns: { servers: None }, replies: Deny", 2);
+    client.send_to(QUESTION, "192.0.2.1:53").unwrap();
+    let denial = scene.agent.denial().unwrap();
+    assert_eq!((&denial["hook"], &denial["process"]["comm"]), (&"sendmsg4".into(), &"dnsmasq".into()));
+    assert_eq!(denial["destination"]["port"], client.local_addr().unwrap().port());
 }
 
 #[test]
