@@ -12,6 +12,7 @@ pub mod bpffs;
 pub mod cgroup;
 pub mod dial;
 pub mod dnsmasq;
+pub mod escape;
 pub mod foreign;
 pub mod fuzz_targets;
 pub mod generate;

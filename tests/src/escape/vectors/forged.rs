@@ -1,0 +1,165 @@
+//! Ways by a forged source: the process sends to its own host as if from the target, and the kernel, or a socket that
+//! may answer whom it heard from, answers to the target. And ways by reports that the kernel sends for the process.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::escape::{
+    Outcome, Step, Vector,
+    sys::{
+        self, DATA, bind, connect, datagram, listen, near_index, number_option, option, send_to, settle, socket, stream,
+    },
+    target::{PORT, Target, at},
+    vectors::raw::{checksum, ipv4, portless, udp},
+};
+
+const IPV6_FREEBIND: i32 = 78;
+const IP_TRANSPARENT: i32 = 19;
+/// Where the process itself listens.
+const OWN_PORT: u16 = 4001;
+/// Where nobody listens.
+const CLOSED_PORT: u16 = 4002;
+
+pub const VECTORS: &[Vector] = &[
+    Vector::new("answer of a UDP socket to a source forged by IPV6_FREEBIND", |target| {
+        answer(at(target.v6()), own6(), (libc::IPPROTO_IPV6, IPV6_FREEBIND))
+    }),
+    Vector::new("answer of a UDP socket to a source forged by IP_TRANSPARENT", |target| {
+        answer(at(target.v4()), own4(), (libc::IPPROTO_IP, IP_TRANSPARENT))
+    })
+    .root_only(),
+    Vector::new("answer of a UDP socket to a source forged by a raw socket", raw_then_answer).root_only(),
+    Vector::new("ICMPv6 error to a source forged by IPV6_FREEBIND", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        send_to(&socket, DATA, 0, closed6())
+    }),
+    Vector::new("ICMPv6 error to a source forged by IPV6_PKTINFO", |target| {
+        let socket = datagram(at(target.v6()))?;
+        number_option(&socket, libc::IPPROTO_IPV6, IPV6_FREEBIND, 1)?;
+        let source = [&target.v6().octets()[..], &[0; 4]].concat();
+        let control = [(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &source[..])];
+        sys::send_message(&socket, Some(closed6().into()), &control)
+    }),
+    Vector::new("ICMPv6 echo reply to a source forged by IPV6_FREEBIND", |target| {
+        let socket = socket(libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_ICMPV6)?;
+        number_option(&socket, libc::IPPROTO_IPV6, IPV6_FREEBIND, 1)?;
+        bind(&socket, portless(target.v6().into()))?;
+        send_to(&socket, &[128, 0, 0, 0, 0, 0, 0, 1], 0, portless(Ipv6Addr::LOCALHOST.into()))
+    }),
+    Vector::new("ICMP error to a source forged by IP_TRANSPARENT", |target| {
+        let socket = forging(at(target.v4()), libc::SOCK_DGRAM, (libc::IPPROTO_IP, IP_TRANSPARENT))?;
+        send_to(&socket, DATA, 0, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), CLOSED_PORT))
+    })
+    .root_only(),
+    Vector::new("ICMP error to a source forged by a raw socket", |target| raw(target, libc::IPPROTO_UDP, &closed_udp()))
+        .root_only(),
+    Vector::new("ICMP echo reply to a source forged by a raw socket", |target| {
+        raw(target, libc::IPPROTO_ICMP, &echo())
+    })
+    .root_only(),
+    Vector::new("TCP SYN-ACK to a source forged by IPV6_FREEBIND", |target| {
+        let listener = stream(own6())?;
+        bind(&listener, own6())?;
+        listen(&listener)?;
+        let socket = forging(at(target.v6()), libc::SOCK_STREAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        connect(&socket, own6())
+    }),
+    Vector::new("TCP reset to a source forged by IPV6_FREEBIND", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_STREAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        connect(&socket, closed6())
+    }),
+    Vector::new("TCP SYN-ACK to a source forged by IP_TRANSPARENT", |target| {
+        let listener = stream(own4())?;
+        bind(&listener, own4())?;
+        listen(&listener)?;
+        let socket = forging(at(target.v4()), libc::SOCK_STREAM, (libc::IPPROTO_IP, IP_TRANSPARENT))?;
+        connect(&socket, own4())
+    })
+    .root_only(),
+    Vector::new("IGMP report of a membership", |target| {
+        let request = [target.group4().octets(), [0; 4], near_index()?.to_ne_bytes()].concat();
+        report(at(target.group4()), libc::IPPROTO_IP, libc::IP_ADD_MEMBERSHIP, &request)
+    })
+    .only_refused(),
+    Vector::new("IGMP report of a membership for a source", |target| {
+        let request = [target.friend_group4().octets(), crate::escape::target::NEAR4.octets(), target.v4().octets()];
+        report(at(target.v4()), libc::IPPROTO_IP, libc::IP_ADD_SOURCE_MEMBERSHIP, &request.concat())
+    })
+    .only_refused(),
+    Vector::new("MLD report of a membership", |target| {
+        let request = [&target.group6().octets()[..], &near_index()?.to_ne_bytes()].concat();
+        report(at(target.group6()), libc::IPPROTO_IPV6, libc::IPV6_ADD_MEMBERSHIP, &request)
+    })
+    .only_refused(),
+];
+
+const fn own6() -> SocketAddr {
+    SocketAddr::new(std::net::IpAddr::V6(Ipv6Addr::LOCALHOST), OWN_PORT)
+}
+
+const fn own4() -> SocketAddr {
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), OWN_PORT)
+}
+
+const fn closed6() -> SocketAddr {
+    SocketAddr::new(std::net::IpAddr::V6(Ipv6Addr::LOCALHOST), CLOSED_PORT)
+}
+
+/// A socket whose own address is that of another host.
+fn forging(source: SocketAddr, kind: i32, (level, name): (i32, i32)) -> Outcome<std::os::fd::OwnedFd> {
+    let socket = socket(sys::domain(source), kind | libc::SOCK_NONBLOCK, 0)?;
+    number_option(&socket, level, name, 1)?;
+    bind(&socket, source)?;
+    Ok(socket)
+}
+
+/// A server that was made to hear from the target answers it.
+fn answer(target: SocketAddr, own: SocketAddr, option: (i32, i32)) -> Outcome {
+    let server = datagram(own)?;
+    let unspecified = if own.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    bind(&server, SocketAddr::new(unspecified, OWN_PORT))?;
+    send_to(&forging(target, libc::SOCK_DGRAM, option)?, DATA, 0, own)?;
+    heard(&server, target)
+}
+
+fn heard(server: &std::os::fd::OwnedFd, target: SocketAddr) -> Outcome {
+    let from = sys::receive_from(server)?;
+    if from != target {
+        return Err(Step { call: "recvfrom", errno: libc::EADDRNOTAVAIL });
+    }
+    send_to(server, DATA, 0, target)
+}
+
+fn raw_then_answer(target: &Target) -> Outcome {
+    let server = datagram(own4())?;
+    bind(&server, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), PORT))?;
+    raw(target, libc::IPPROTO_UDP, &udp())?;
+    heard(&server, at(target.v4()))
+}
+
+/// A packet to this host as if from the target.
+fn raw(target: &Target, protocol: i32, payload: &[u8]) -> Outcome {
+    let socket = socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
+    let packet = ipv4(target.v4(), Ipv4Addr::LOCALHOST, protocol, payload);
+    send_to(&socket, &packet, 0, portless(Ipv4Addr::LOCALHOST.into()))
+}
+
+fn closed_udp() -> Vec<u8> {
+    let mut datagram = udp();
+    datagram[2..4].copy_from_slice(&CLOSED_PORT.to_be_bytes());
+    datagram
+}
+
+fn echo() -> Vec<u8> {
+    let mut request = vec![8, 0, 0, 0, 0, 1, 0, 1];
+    let sum = checksum(&request).to_be_bytes();
+    request[2..4].copy_from_slice(&sum);
+    request
+}
+
+/// The kernel tells routers of it a few milliseconds later.
+fn report(of: SocketAddr, level: i32, name: i32, request: &[u8]) -> Outcome {
+    let socket = datagram(of)?;
+    option(&socket, level, name, request)?;
+    settle();
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! Ways by packets that carry a route: the destination is one that may be reached, and the packet goes to another.
+
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    os::fd::OwnedFd,
+};
+
+use crate::escape::{
+    Outcome, Vector,
+    sys::{DATA, connect, datagram, encode, option, send, send_message, send_to, stream},
+    target::{Target, at},
+};
+
+const LOOSE: u8 = 131;
+const STRICT: u8 = 137;
+const IP_OPTIONS: i32 = 4;
+const IP_RETOPTS: i32 = 7;
+const IPV6_2292PKTOPTIONS: i32 = 6;
+const IPV6_2292RTHDR: i32 = 5;
+const IPV6_RTHDR: i32 = 57;
+/// Needs `CONFIG_IPV6_MIP6`.
+const MOBILE: u8 = 2;
+const SEGMENTS: u8 = 4;
+const MOBILITY: &str = "CONFIG_IPV6_MIP6";
+
+pub const VECTORS: &[Vector] = &[
+    Vector::new("LSRR by IP_OPTIONS before connect, TCP", |target| tcp4(target, LOOSE)),
+    Vector::new("LSRR by IP_OPTIONS before connect, UDP", |target| udp4(target, LOOSE)),
+    Vector::new("LSRR by IP_OPTIONS after connect, UDP", |target| {
+        let socket = datagram(at(target.friend4()))?;
+        connect(&socket, at(target.friend4()))?;
+        option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
+        send(&socket, DATA, 0)
+    }),
+    Vector::new("LSRR by IP_OPTIONS, sendto", |target| {
+        let socket = datagram(at(target.friend4()))?;
+        option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
+        send_to(&socket, DATA, 0, at(target.friend4()))
+    }),
+    Vector::new("SSRR by IP_OPTIONS before connect, TCP", |target| tcp4(target, STRICT)),
+    Vector::new("SSRR by IP_OPTIONS before connect, UDP", |target| udp4(target, STRICT)),
+    Vector::new("LSRR by IP_RETOPTS", |target| by_message4(target, LOOSE)),
+    Vector::new("SSRR by IP_RETOPTS", |target| by_message4(target, STRICT)),
+    Vector::new("LSRR by IP_RETOPTS, connected", |target| {
+        let socket = datagram(at(target.friend4()))?;
+        connect(&socket, at(target.friend4()))?;
+        send_message(&socket, None, &[(libc::IPPROTO_IP, IP_RETOPTS, &route4(LOOSE, target))])
+    }),
+    Vector::new("LSRR to the loopback, TCP", |target| {
+        let to = at(Ipv4Addr::LOCALHOST);
+        let socket = stream(to)?;
+        option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
+        connect(&socket, to)
+    }),
+    Vector::new("routing header 4 by IPV6_RTHDR before connect, TCP", |target| tcp6(target, SEGMENTS)),
+    Vector::new("routing header 4 by IPV6_RTHDR before connect, UDP", |target| udp6(target, SEGMENTS)),
+    Vector::new("routing header 4 by IPV6_RTHDR after connect, UDP", |target| after6(target, SEGMENTS)),
+    Vector::new("routing header 4 by IPV6_RTHDR, sendto", |target| aside6(target, SEGMENTS)),
+    Vector::new("routing header 4 by IPV6_2292PKTOPTIONS", |target| {
+        let socket = datagram(at(target.friend6()))?;
+        let header = [(libc::IPPROTO_IPV6, IPV6_2292RTHDR, &route6(SEGMENTS, target)[..])];
+        option(&socket, libc::IPPROTO_IPV6, IPV6_2292PKTOPTIONS, &encode(&header))?;
+        send_to(&socket, DATA, 0, at(target.friend6()))
+    }),
+    Vector::new("routing header 4 by ancillary IPV6_RTHDR", |target| by_message6(target, IPV6_RTHDR, SEGMENTS)),
+    Vector::new("routing header 4 by ancillary IPV6_2292RTHDR", |target| by_message6(target, IPV6_2292RTHDR, SEGMENTS)),
+    Vector::new("routing header 4 by ancillary IPV6_RTHDR, connected", |target| {
+        let socket = datagram(at(target.friend6()))?;
+        connect(&socket, at(target.friend6()))?;
+        send_message(&socket, None, &[(libc::IPPROTO_IPV6, IPV6_RTHDR, &route6(SEGMENTS, target))])
+    }),
+    Vector::new("routing header 4 to ::1", |target| {
+        let to = at(Ipv6Addr::LOCALHOST);
+        let socket = datagram(to)?;
+        option(&socket, libc::IPPROTO_IPV6, IPV6_RTHDR, &route6(SEGMENTS, target))?;
+        send_to(&socket, DATA, 0, to)
+    }),
+    Vector::new("routing header 2 by IPV6_RTHDR before connect, TCP", |target| tcp6(target, MOBILE)).needs(MOBILITY),
+    Vector::new("routing header 2 by IPV6_RTHDR before connect, UDP", |target| udp6(target, MOBILE)).needs(MOBILITY),
+    Vector::new("routing header 2 by IPV6_RTHDR after connect, UDP", |target| after6(target, MOBILE)).needs(MOBILITY),
+    Vector::new("routing header 2 by ancillary IPV6_RTHDR", |target| by_message6(target, IPV6_RTHDR, MOBILE))
+        .needs(MOBILITY),
+];
+
+/// A source route with one stop. The packet goes there first; where it is said to go stands behind.
+fn route4(kind: u8, target: &Target) -> Vec<u8> {
+    let no_operation = 1;
+    [&[no_operation, kind, 7, 4][..], &target.v4().octets()].concat()
+}
+
+fn tcp4(target: &Target, kind: u8) -> Outcome {
+    with_route4(&stream(at(target.friend4()))?, target, kind)
+}
+
+fn udp4(target: &Target, kind: u8) -> Outcome {
+    let socket = datagram(at(target.friend4()))?;
+    with_route4(&socket, target, kind)?;
+    send(&socket, DATA, 0)
+}
+
+fn with_route4(socket: &OwnedFd, target: &Target, kind: u8) -> Outcome {
+    option(socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(kind, target))?;
+    connect(socket, at(target.friend4()))
+}
+
+fn by_message4(target: &Target, kind: u8) -> Outcome {
+    let socket = datagram(at(target.friend4()))?;
+    let control = [(libc::IPPROTO_IP, IP_RETOPTS, &route4(kind, target)[..])];
+    send_message(&socket, Some(at(target.friend4()).into()), &control)
+}
+
+/// A routing header whose first stop is the target.
+fn route6(kind: u8, target: &Target) -> Vec<u8> {
+    let target = target.v6().octets();
+    match kind {
+        MOBILE => [&[0, 2, MOBILE, 1, 0, 0, 0, 0][..], &target].concat(),
+        // The kernel writes the last stop, which is the first of the list.
+        _ => [&[0, 4, SEGMENTS, 1, 1, 0, 0, 0][..], &[0; 16], &target].concat(),
+    }
+}
+
+fn set_route6(socket: &OwnedFd, target: &Target, kind: u8) -> Outcome {
+    option(socket, libc::IPPROTO_IPV6, IPV6_RTHDR, &route6(kind, target))
+}
+
+fn tcp6(target: &Target, kind: u8) -> Outcome {
+    let socket = stream(at(target.friend6()))?;
+    set_route6(&socket, target, kind)?;
+    connect(&socket, at(target.friend6()))
+}
+
+fn udp6(target: &Target, kind: u8) -> Outcome {
+    let socket = datagram(at(target.friend6()))?;
+    set_route6(&socket, target, kind)?;
+    connect(&socket, at(target.friend6()))?;
+    send(&socket, DATA, 0)
+}
+
+fn after6(target: &Target, kind: u8) -> Outcome {
+    let socket = datagram(at(target.friend6()))?;
+    connect(&socket, at(target.friend6()))?;
+    set_route6(&socket, target, kind)?;
+    send(&socket, DATA, 0)
+}
+
+fn aside6(target: &Target, kind: u8) -> Outcome {
+    let socket = datagram(at(target.friend6()))?;
+    set_route6(&socket, target, kind)?;
+    send_to(&socket, DATA, 0, at(target.friend6()))
+}
+
+fn by_message6(target: &Target, name: i32, kind: u8) -> Outcome {
+    let socket = datagram(at(target.friend6()))?;
+    let control = [(libc::IPPROTO_IPV6, name, &route6(kind, target)[..])];
+    send_message(&socket, Some(at(target.friend6()).into()), &control)
+}
