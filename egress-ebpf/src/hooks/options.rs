@@ -1,7 +1,7 @@
 //! `setsockopt`: options that send packets elsewhere than to their destination, or from an address that is somebody else's.
 
-use aya_ebpf::{bindings::bpf_sockopt, macros::cgroup_sockopt, programs::SockoptContext};
-use egress_common::{Address, Flow, Hook, Protocol, Verdict, decide_bypass, remembers_peers};
+use aya_ebpf::{macros::cgroup_sockopt, programs::SockoptContext};
+use egress_common::{Address, Flow, Hook, Protocol, Verdict, decide_bypass};
 
 use crate::{
     answer::{PASS, answer_without_errno},
@@ -10,7 +10,8 @@ use crate::{
     stats, workloads,
 };
 
-/// Levels and options of `linux/in.h` and `linux/in6.h`.
+/// Levels and options of `linux/in.h` and `linux/in6.h`, and a family of `linux/socket.h`.
+const AF_INET6: u32 = 10;
 const IPPROTO_IP: i32 = 0;
 const IP_OPTIONS: i32 = 4;
 const IP_FREEBIND: i32 = 15;
@@ -33,26 +34,31 @@ fn setsockopt(ctx: SockoptContext) -> i32 {
         // Zero stands for the value as the caller gave it.
         option.optlen = 0;
     }
-    let is_forging = match (option.level, option.optname) {
-        (IPPROTO_IP, IP_OPTIONS) | (IPPROTO_IPV6, IPV6_RTHDR | IPV6_2292PKTOPTIONS) => false,
-        // With a source that is not this host's, a socket sends itself datagrams that seem to come from elsewhere, which
-        // it then may answer.
-        (IPPROTO_IP, IP_FREEBIND | IP_TRANSPARENT) | (IPPROTO_IPV6, IPV6_FREEBIND | IPV6_TRANSPARENT) => true,
-        _ => return PASS,
+    // SAFETY: the kernel gives every call the socket that it is about.
+    let (family, protocol) = unsafe {
+        let socket = option.__bindgen_anon_1.sk;
+        ((*socket).family, (*socket).protocol)
     };
-    judge(option, is_forging)
+    let is_bypass = match (option.level, option.optname) {
+        // Hosts to go by.
+        (IPPROTO_IP, IP_OPTIONS)
+        | (IPPROTO_IPV6, IPV6_RTHDR | IPV6_2292PKTOPTIONS)
+        // With a source that is not this host's, a socket sends itself what seems to come from elsewhere, and the kernel
+        // answers it, or the socket may.
+        | (IPPROTO_IP, IP_TRANSPARENT)
+        | (IPPROTO_IPV6, IPV6_FREEBIND | IPV6_TRANSPARENT) => true,
+        // IPv4 sends nothing from a foreign address by this alone (`ip_route_output_key_hash_rcu`).
+        (IPPROTO_IP, IP_FREEBIND) => family == AF_INET6,
+        _ => false,
+    };
+    if is_bypass { judge(protocol) } else { PASS }
 }
 
 #[inline(always)]
-fn judge(option: &bpf_sockopt, is_forging: bool) -> i32 {
+fn judge(protocol: u32) -> i32 {
     let place = workloads::place_current();
-    if is_forging && !remembers_peers(&Maps::WITHOUT_SOCKET, place) {
-        return PASS;
-    }
     let decision = decide_bypass(&Maps::WITHOUT_SOCKET, place);
     stats::count(&decision, Hook::Setsockopt);
-    // SAFETY: the kernel gives every call the socket that it is about.
-    let protocol = unsafe { (*option.__bindgen_anon_1.sk).protocol };
     let flow = Flow { place, protocol: Protocol::from_kernel(protocol), address: Address::UNSPECIFIED, port: 0 };
     match decision.verdict {
         Verdict::Allow => {}

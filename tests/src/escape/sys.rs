@@ -155,8 +155,7 @@ pub fn send_message(socket: &OwnedFd, to: Option<Address>, controls: &[Control<'
 /// Sends two messages in one call, each to an address of its own.
 pub fn send_two_messages(socket: &OwnedFd, to: [Address; 2]) -> Outcome {
     let mut part = libc::iovec { iov_base: DATA.as_ptr().cast_mut().cast(), iov_len: DATA.len() };
-    let mut messages =
-        to.each_ref().map(|to| libc::mmsghdr { msg_hdr: header(Some(to), &[], &mut part), msg_len: 0 });
+    let mut messages = to.each_ref().map(|to| libc::mmsghdr { msg_hdr: header(Some(to), &[], &mut part), msg_len: 0 });
     // SAFETY: everything that the messages point to lives through the call and is as long as said.
     match check("sendmmsg", unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), 2, 0) })? {
         2 => Ok(()),

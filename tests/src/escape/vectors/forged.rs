@@ -50,8 +50,10 @@ pub const VECTORS: &[Vector] = &[
         send_to(&socket, DATA, 0, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), CLOSED_PORT))
     })
     .root_only(),
-    Vector::new("ICMP error to a source forged by a raw socket", |target| raw(target, libc::IPPROTO_UDP, &closed_udp()))
-        .root_only(),
+    Vector::new("ICMP error to a source forged by a raw socket", |target| {
+        raw(target, libc::IPPROTO_UDP, &closed_udp())
+    })
+    .root_only(),
     Vector::new("ICMP echo reply to a source forged by a raw socket", |target| {
         raw(target, libc::IPPROTO_ICMP, &echo())
     })

@@ -14,7 +14,8 @@ use anyhow::{Context, Result};
 use crate::escape::{
     Outcome, Place, Rest, Step, Vector,
     sys::{
-        self, DATA, check, check_size, connect, datagram, established, fork, send, send_to, socket_pair, stream, syscall,
+        self, DATA, check, check_size, connect, datagram, established, fork, send, send_to, socket_pair, stream,
+        syscall,
     },
     target::{Target, at},
 };
@@ -52,7 +53,8 @@ pub const VECTORS: &[Vector] = &[
     Vector::prepared("made in another cgroup, TCP connect", Place::MovedIn, made_stream),
     Vector::prepared("made in another cgroup, UDP sendto", Place::MovedIn, made_datagram),
     Vector::prepared("passed by SCM_RIGHTS from another cgroup, UDP sendto", Place::MovedIn, passed),
-    Vector::prepared("taken by pidfd_getfd from another cgroup, UDP sendto", Place::MovedIn, taken).needs("pidfd_getfd"),
+    Vector::prepared("taken by pidfd_getfd from another cgroup, UDP sendto", Place::MovedIn, taken)
+        .needs("pidfd_getfd"),
     Vector::prepared("inherited across exec from another cgroup, UDP sendto", Place::MovedIn, inherited),
     Vector::prepared("made inside, used in another cgroup, TCP connect", Place::MovedOut, made_stream),
     Vector::prepared("made inside, used in another cgroup, UDP sendto", Place::MovedOut, made_datagram),

@@ -7,9 +7,7 @@ use std::{
 
 use crate::escape::{
     Outcome, Vector,
-    sys::{
-        Address, DATA, connect, established, near_index, number_option, option, send, send_to, socket, stream,
-    },
+    sys::{Address, DATA, connect, established, near_index, number_option, option, send, send_to, socket, stream},
     target::{PORT, Target, at},
     yard::NEAR,
 };
@@ -32,7 +30,8 @@ pub const VECTORS: &[Vector] = &[
         .only_refused(),
     Vector::new("TCP connect to 0.0.0.0", |_| dial(at(Ipv4Addr::UNSPECIFIED))).stays_here(),
     Vector::new("TCP connect to ::", |_| dial(at(Ipv6Addr::UNSPECIFIED))).stays_here(),
-    Vector::new("TCP connect to 0.0.0.0 by SO_BINDTODEVICE", |_| from_interface(at(Ipv4Addr::UNSPECIFIED))).stays_here(),
+    Vector::new("TCP connect to 0.0.0.0 by SO_BINDTODEVICE", |_| from_interface(at(Ipv4Addr::UNSPECIFIED)))
+        .stays_here(),
     Vector::new("TCP connect to :: by SO_BINDTODEVICE", |_| from_interface(at(Ipv6Addr::UNSPECIFIED))).stays_here(),
     Vector::new("TCP Fast Open by sendto, IPv4", |target| fast_open(at(target.v4()))),
     Vector::new("TCP Fast Open by sendto, IPv6", |target| fast_open(at(target.v6()))),

@@ -40,8 +40,10 @@ pub const VECTORS: &[Vector] = &[
         .needs(NEEDS),
     Vector::new("io_uring sendmsg by a worker", |target| message(&mut plain()?, at(target.v4()), squeue::Flags::ASYNC))
         .needs(NEEDS),
-    Vector::new("io_uring sendmsg by SQPOLL", |target| message(&mut polled()?, at(target.v4()), squeue::Flags::empty()))
-        .needs(NEEDS),
+    Vector::new("io_uring sendmsg by SQPOLL", |target| {
+        message(&mut polled()?, at(target.v4()), squeue::Flags::empty())
+    })
+    .needs(NEEDS),
     Vector::new("io_uring sendmsg by SQPOLL, IPv6", |target| {
         message(&mut polled()?, at(target.v6()), squeue::Flags::ASYNC)
     })
