@@ -40,13 +40,10 @@ fn setsockopt(ctx: SockoptContext) -> i32 {
         ((*socket).family, (*socket).protocol)
     };
     let is_bypass = match (option.level, option.optname) {
-        // Hosts to go by.
-        (IPPROTO_IP, IP_OPTIONS)
-        | (IPPROTO_IPV6, IPV6_RTHDR | IPV6_2292PKTOPTIONS)
-        // With a source that is not this host's, a socket sends itself what seems to come from elsewhere, and the kernel
-        // answers it, or the socket may.
-        | (IPPROTO_IP, IP_TRANSPARENT)
-        | (IPPROTO_IPV6, IPV6_FREEBIND | IPV6_TRANSPARENT) => true,
+        // Hosts to go by; or a source that is not this host's, with which a socket sends itself what seems to come from
+        // elsewhere, and the kernel answers it, or the socket may.
+        (IPPROTO_IP, IP_OPTIONS | IP_TRANSPARENT)
+        | (IPPROTO_IPV6, IPV6_RTHDR | IPV6_2292PKTOPTIONS | IPV6_FREEBIND | IPV6_TRANSPARENT) => true,
         // IPv4 sends nothing from a foreign address by this alone (`ip_route_output_key_hash_rcu`).
         (IPPROTO_IP, IP_FREEBIND) => family == AF_INET6,
         _ => false,
