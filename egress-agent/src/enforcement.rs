@@ -15,6 +15,7 @@ use crate::{
     ruleset::Ruleset,
     run::{RunError, chain, system},
     scopes::{Layout, Placement, Seat, Selector},
+    socket_matching::{self, Matching, Vigil},
     status,
     watch::Watch,
 };
@@ -43,6 +44,8 @@ pub(crate) struct Enforcement {
     /// What is in force.
     layout: Layout,
     pub(crate) dataplane: Dataplane,
+    /// Where the kernel may stop to match sockets to cgroups.
+    vigil: Option<Vigil>,
 }
 
 /// What changed.
@@ -89,7 +92,9 @@ impl Enforcement {
         let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
         let directory = mount.join(cgroup::below(&cgroup.path));
         watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
+        let vigil = (socket_matching::is_possible() && !cgroup.is_root()).then(Vigil::default);
         let mut enforcement = Self {
+            vigil,
             given,
             mount,
             cgroup,
@@ -105,6 +110,30 @@ impl Enforcement {
         };
         let applied = enforcement.place(Change::Policy)?;
         Ok((enforcement, applied))
+    }
+
+    /// Whether the kernel would filter.
+    pub(crate) fn expect_matching(&self) -> Result<(), RunError> {
+        if self.vigil.is_none() {
+            return Ok(());
+        }
+        match socket_matching::probe(self.agent.as_ref()) {
+            Matching::Works => Ok(()),
+            Matching::Stopped => Err(RunError::SocketMatching),
+            Matching::Unknown(why) => {
+                tracing::warn!(
+                    %why,
+                    "cannot tell whether net_cls or net_prio has stopped this kernel from matching sockets to cgroups"
+                );
+                Ok(())
+            }
+        }
+    }
+
+    /// What is not as it should be.
+    pub(crate) fn degraded(&self) -> Vec<String> {
+        let stopped = self.vigil.as_ref().is_some_and(Vigil::is_stopped);
+        stopped.then(|| socket_matching::STOPPED.to_owned()).into_iter().collect()
     }
 
     /// Attaches the programs.
@@ -189,6 +218,9 @@ impl Enforcement {
     /// Catches up with cgroups that came and went, and attaches again where the cgroup was made anew.
     pub(crate) fn look_after(&mut self) {
         self.look_for_pins();
+        if let Some(vigil) = &mut self.vigil {
+            vigil.look(self.agent.as_ref());
+        }
         if let Err(error) = self.catch_up() {
             tracing::error!(error = %chain(&error), "cannot follow the cgroups that came and went");
         }

@@ -233,6 +233,7 @@ impl Behind<'_> {
             Dataplane::prepare(self.object, self.log, PacketGuard::On, scratch.pins().begin()?, MEMORY_LIMIT)?;
         let selector = self.source.selector(self.policy, names);
         let (mut enforcement, _) = Enforcement::new(target, dataplane, selector)?;
+        enforcement.expect_matching()?;
         enforcement.attach()?;
         enforcement.dataplane.commit()?;
 

@@ -25,6 +25,8 @@ pub mod ruleset;
 pub mod run;
 pub mod scopes;
 pub mod settings;
+pub mod sock_diag;
+pub mod socket_matching;
 mod source;
 pub mod status;
 pub mod users;

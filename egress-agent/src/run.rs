@@ -35,6 +35,7 @@ use crate::{
     privileges::{self, CapabilitySet, FOREIGN_FILES},
     report::{Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
+    socket_matching,
     source::{Policy, Source, SourceOptions},
     status::{self, FromAgent, Wildcard},
     workload::names_root,
@@ -75,6 +76,9 @@ pub enum RunError {
     /// The kernel cannot be brought to enforce.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
+    /// The kernel would not filter.
+    #[error("{}", socket_matching::STOPPED)]
+    SocketMatching,
     /// Names cannot be resolved at all.
     #[error(transparent)]
     Resolver(Box<ResolverError>),
@@ -110,7 +114,12 @@ impl RunError {
             | Self::OwnCgroup { .. }
             | Self::NeedsForce => 2,
             Self::Pins(PinError::Claimed { .. }) => 5,
-            Self::Cgroup(_) | Self::Dataplane(_) | Self::Resolver(_) | Self::Pins(_) | Self::System { .. } => 4,
+            Self::Cgroup(_)
+            | Self::Dataplane(_)
+            | Self::SocketMatching
+            | Self::Resolver(_)
+            | Self::Pins(_)
+            | Self::System { .. } => 4,
         }
     }
 }
@@ -147,6 +156,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let (mut enforcement, applied) = Enforcement::new(target, dataplane, selector)?;
     // Before there is something to undo, a signal simply ends the process.
     let mut signals = Signals::new()?;
+    enforcement.expect_matching()?;
     enforcement.attach()?;
     enforcement.dataplane.commit()?;
     // Before there is a second thread, which would keep its own.
@@ -489,6 +499,7 @@ impl State {
             documents: self.policy.documents,
             rules: self.rules,
             last_error: self.last_error.clone(),
+            degraded: self.enforcement.degraded(),
             attached: self.enforcement.is_attached(),
             pinned: self.enforcement.is_pinned(),
             scopes: self.enforcement.scopes(),

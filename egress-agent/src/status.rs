@@ -147,6 +147,9 @@ pub struct FromAgent {
     pub rules: usize,
     /// Why the policy that was read last is not in force.
     pub last_error: Option<String>,
+    /// What else is not as it should be.
+    #[serde(default)]
+    pub degraded: Vec<String>,
     /// Whether the programs are on the cgroup.
     pub attached: bool,
     /// Whether what is in force outlives the agent.
@@ -255,7 +258,8 @@ impl Status {
             Ok(from_agent) => from_agent,
             Err(error) => return self.degraded.push(format!("the agent does not answer: {error}")),
         };
-        let FromAgent { since, documents, rules, last_error, attached, pinned, scopes, names } = from_agent;
+        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names } = from_agent;
+        self.degraded.extend(degraded);
         self.agent.since = Some(since);
         if let Some(policy) = &mut self.policy {
             (policy.documents, policy.rules) = (Some(documents), Some(rules));

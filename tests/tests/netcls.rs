@@ -7,14 +7,19 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 
 use std::{
-    fs,
+    env, fs,
     io::ErrorKind,
     net::SocketAddr,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, Result};
+use egress_agent::{
+    cgroup::{self, mount_point as mount_point_of_cgroup2},
+    socket_matching::{self, Matching, Why},
+};
 use egress_tests::{
     actor::{Actor, Outcome},
     agent::Agent,
@@ -147,4 +152,41 @@ fn a_process_with_a_network_class_is_filtered() {
 #[test]
 fn a_process_with_a_network_priority_is_filtered() {
     stays_filtered("net_prio", ("net_prio.ifpriomap", "lo 3"));
+}
+
+/// The cgroup that a process of its own is to enter.
+const CGROUP: &str = "EGRESS_TEST_CGROUP";
+
+/// In a process of its own, which enters a cgroup and gets a class.
+#[test]
+#[ignore = "run by the test below"]
+fn a_probe_in_a_process_of_its_own() {
+    let Some(path) = env::var_os(CGROUP).map(PathBuf::from) else { return };
+    let mount = mount_point_of_cgroup2().unwrap();
+    let probe = || socket_matching::probe(cgroup::own(&mount).as_ref());
+    fs::write(path.join("cgroup.procs"), "0").unwrap();
+    assert!(matches!(probe(), Matching::Works), "{:?}", probe());
+    let v1 = V1::new("net_cls").unwrap();
+    v1.write("cgroup.procs", "0");
+    v1.write("net_cls.classid", "0x100001");
+    assert!(matches!(probe(), Matching::Works), "{:?}", probe());
+    // Whoever runs where sockets do not belong sees it.
+    let elsewhere = cgroup::Cgroup::open(path.parent().unwrap(), &mount).unwrap();
+    if !elsewhere.is_root() {
+        assert!(matches!(socket_matching::probe(Some(&elsewhere)), Matching::Stopped));
+    }
+    let root = cgroup::Cgroup::open(&mount, &mount).unwrap();
+    assert!(matches!(socket_matching::probe(Some(&root)), Matching::Unknown(Why::InRoot)));
+    // So that its cgroup can be removed.
+    let procs = v1.path.parent().unwrap().join("cgroup.procs");
+    fs::write(procs, std::process::id().to_string()).unwrap();
+}
+
+#[test]
+fn the_probe_sees_to_which_cgroup_sockets_belong() {
+    let cgroup = Cgroup::new().unwrap();
+    let inner = cgroup.child("inner").unwrap();
+    let mut command = Command::new(env::current_exe().unwrap());
+    command.args(["--exact", "a_probe_in_a_process_of_its_own", "--ignored", "--nocapture"]);
+    assert!(command.env(CGROUP, inner.path()).status().unwrap().success());
 }
