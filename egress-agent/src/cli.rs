@@ -8,7 +8,10 @@ use std::{
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{compile::NodeAction, dataplane::PacketGuard, policy::L4, scopes::UnknownWorkloads, settings::CONFIG};
+use crate::{
+    compile::NodeAction, dataplane::PacketGuard, exec::DANGEROUS, policy::L4, privileges::CapabilitySet,
+    scopes::UnknownWorkloads, settings::CONFIG,
+};
 
 /// Where rules are pinned by default.
 const PIN_DIRECTORY: &str = "/sys/fs/bpf/egress";
@@ -159,7 +162,7 @@ since a socket made outside is not filtered.
 
 Needs root. Through sudo the command runs as whoever called sudo, else as root, or as --user says. If that is not root, programs
 with the set-user-ID bit, such as sudo, give it no privileges: root could leave the cgroup. A command of root is not confined
-against its own will.
+against its own will; it is started without the capabilities that make it easy, such as CAP_NET_RAW and CAP_SYS_ADMIN.
 
 SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGWINCH are passed to the command; SIGINT and SIGQUIT reach it from the terminal. The rules
 hold for everything the command starts, until the last of it has ended, even if `exec` is killed; what is left then is removed
@@ -191,6 +194,10 @@ pub struct ExecArgs {
     /// Run the command as this user, by name or number.
     #[arg(long, value_name = "USER")]
     pub user: Option<String>,
+    /// Let a command of root keep a capability with which it could go around the rules: `CAP_NET_RAW`, `CAP_NET_ADMIN`,
+    /// `CAP_BPF`, `CAP_PERFMON`, `CAP_SYS_ADMIN`, `CAP_SYS_PTRACE`, `CAP_SYS_MODULE` or `CAP_SYS_RAWIO`.
+    #[arg(long, value_name = "CAP", value_delimiter = ',', value_parser = capability)]
+    pub keep_capabilities: Vec<CapabilitySet>,
     /// A directory on a bpf file system that keeps the rules of all commands in force.
     #[arg(long, value_name = "DIR", env = "EGRESS_EXEC_PIN_DIR", default_value = EXEC_PIN_DIRECTORY)]
     pub pin_dir: PathBuf,
@@ -375,6 +382,17 @@ fn server(text: &str) -> Result<SocketAddr, String> {
 fn pair(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("must be KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
+}
+
+/// A capability by its name, with or without `CAP_`.
+fn capability(text: &str) -> Result<CapabilitySet, String> {
+    let name = text.to_ascii_uppercase();
+    let name = name.strip_prefix("CAP_").unwrap_or(&name);
+    let found = DANGEROUS.iter().find(|(known, _)| *known == name);
+    found.map(|&(_, capability)| capability).ok_or_else(|| {
+        let names: Vec<&str> = DANGEROUS.iter().map(|&(name, _)| name).collect();
+        format!("commands keep every capability but {}", names.join(", "))
+    })
 }
 
 fn host_address(text: &str) -> Result<(String, IpAddr), String> {

@@ -10,6 +10,7 @@ use std::{
 use crate::{
     cgroup::{self, Cgroup},
     dataplane::{Applied, Change, Dataplane, DataplaneError},
+    existing::Sweep,
     hierarchy::{Changed, Hierarchy},
     policy::load::Watched,
     ruleset::Ruleset,
@@ -44,6 +45,8 @@ pub(crate) struct Enforcement {
     /// What is in force.
     layout: Layout,
     pub(crate) dataplane: Dataplane,
+    /// How often connections are still looked for: one that was allowed a moment before may not have been there yet.
+    sweeps_left: u8,
     /// Where the kernel may stop to match sockets to cgroups.
     vigil: Option<Vigil>,
 }
@@ -95,6 +98,7 @@ impl Enforcement {
         let vigil = (socket_matching::is_possible() && !cgroup.is_root()).then(Vigil::default);
         let mut enforcement = Self {
             vigil,
+            sweeps_left: 0,
             given,
             mount,
             cgroup,
@@ -155,6 +159,19 @@ impl Enforcement {
         applied
     }
 
+    /// Ends connections that the policies in force would refuse, where they say so; and once more when it is looked after.
+    pub(crate) fn terminate(&mut self) {
+        self.sweep();
+        self.sweeps_left = 1;
+    }
+
+    fn sweep(&self) {
+        let ended = Sweep { mount: &self.mount, top: &self.cgroup.path, layout: &self.layout }.run();
+        if ended > 0 {
+            tracing::info!(ended, "connections that the policy refuses were terminated");
+        }
+    }
+
     /// Removes what the last change left behind.
     pub(crate) fn clean(&mut self) {
         self.dataplane.clean();
@@ -203,6 +220,7 @@ impl Enforcement {
         if let Err(error) = updated.and_then(|()| self.apply(Change::Cgroups)) {
             tracing::error!(error = %chain(&error), "cannot place new cgroups: they are refused, or judged as their parents");
         }
+        self.sweeps_left = 1;
     }
 
     /// Forgets cgroups that went, and places those that could not be placed before.
@@ -218,6 +236,10 @@ impl Enforcement {
     /// Catches up with cgroups that came and went, and attaches again where the cgroup was made anew.
     pub(crate) fn look_after(&mut self) {
         self.look_for_pins();
+        if self.sweeps_left > 0 {
+            self.sweeps_left -= 1;
+            self.sweep();
+        }
         if let Some(vigil) = &mut self.vigil {
             vigil.look(self.agent.as_ref());
         }

@@ -175,7 +175,8 @@ pub async fn exec(
     dataplane::probe()?;
     let mount = cgroup::mount_point().map_err(RunError::from)?;
     let scratch = Scratch::make(&args.pin_dir, &mount, user.as_ref().map_or(0, |user| user.uid))?;
-    let command = Command { words: &args.command, user: user.as_ref(), locked_memory };
+    let dropped = dropped(user.as_ref(), &args.keep_capabilities);
+    let command = Command { words: &args.command, user: user.as_ref(), dropped, locked_memory };
     let behind = Behind { args, log: kernel_log(log), object, source: &source, policy: &policy, mount: &mount };
     let ended = behind.run(&command, &scratch).await;
     let cgroup = scratch.cgroup().to_owned();
@@ -188,6 +189,32 @@ pub async fn exec(
         Err(error) => tracing::warn!(error = %chain(&error), "what the command left behind stays until the next start"),
     }
     ended
+}
+
+/// Capabilities with which a process sends packets that no hook sees, changes the filter, or acts through processes and
+/// devices that are not filtered.
+pub const DANGEROUS: [(&str, CapabilitySet); 8] = [
+    ("NET_RAW", CapabilitySet::NET_RAW),
+    ("NET_ADMIN", CapabilitySet::NET_ADMIN),
+    ("BPF", CapabilitySet::BPF),
+    ("PERFMON", CapabilitySet::PERFMON),
+    ("SYS_ADMIN", CapabilitySet::SYS_ADMIN),
+    ("SYS_PTRACE", CapabilitySet::SYS_PTRACE),
+    ("SYS_MODULE", CapabilitySet::SYS_MODULE),
+    ("SYS_RAWIO", CapabilitySet::SYS_RAWIO),
+];
+
+/// What a command of root is not given. Other users have no capabilities.
+fn dropped(user: Option<&user::RunAs>, kept: &[CapabilitySet]) -> CapabilitySet {
+    if user.is_some_and(|user| user.uid != 0) {
+        return CapabilitySet::empty();
+    }
+    let given_up = DANGEROUS.iter().filter(|(_, capability)| !kept.contains(capability));
+    let names: Vec<&str> = given_up.clone().map(|&(name, _)| name).collect();
+    if !names.is_empty() {
+        tracing::debug!("running as root without CAP_{}: see --keep-capabilities", names.join(", CAP_"));
+    }
+    given_up.fold(CapabilitySet::empty(), |all, &(_, capability)| all | capability)
 }
 
 fn options(args: &ExecArgs) -> SourceOptions {

@@ -12,6 +12,7 @@ pub mod dataplane;
 mod enforcement;
 pub mod events;
 pub mod exec;
+pub mod existing;
 pub mod explain;
 mod hierarchy;
 pub mod pins;

@@ -217,7 +217,8 @@ fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
     // The only thing that needs more than is kept. Whether it is mounted is seen when it is used.
     pins::mount_bpffs(&args.pin_dir);
     // Before there is a second thread, which would keep its own.
-    privileges::keep_only(privileges::START | run::files(args));
+    // Whether connections are to be ended is known when the policy is read.
+    privileges::keep_only(privileges::START | privileges::TERMINATE | run::files(args));
     let Some(runtime) = runtime() else { return ExitCode::from(4) };
     let result = runtime.block_on(run::run(args, log, OBJECT));
     // A policy that is still being compiled when the agent is asked to stop is not waited for.

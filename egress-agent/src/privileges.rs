@@ -14,7 +14,8 @@
 //! What is not kept, and why: `CAP_SYS_ADMIN` only stands in for `CAP_BPF` before Linux 5.8. `CAP_DAC_OVERRIDE` and
 //! `CAP_DAC_READ_SEARCH` are not needed for files of root and the 0700 directory of pins, since the agent is their owner.
 //! `CAP_LEASE` is not needed to notice writers of root's own files. `CAP_SYS_RESOURCE` is needed once, by [`prepare`].
-//! Files of other users, which `--allow-writable-policies` accepts, need [`FOREIGN_FILES`] in addition.
+//! To end connections (`existing: Terminate`) needs [`TERMINATE`] in addition, and files of other users, which
+//! `--allow-writable-policies` accepts, need [`FOREIGN_FILES`].
 //!
 //! Here nothing is acquired, and no user is changed.
 
@@ -41,6 +42,9 @@ pub const RUNNING: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::NET_A
 /// What it needs beside these to follow policy files of other users than root: to read them, and to notice that they are
 /// being written.
 pub const FOREIGN_FILES: CapabilitySet = CapabilitySet::DAC_READ_SEARCH.union(CapabilitySet::LEASE);
+
+/// What it needs beside these to end connections in the network namespaces of others, by `setns(2)`.
+pub const TERMINATE: CapabilitySet = CapabilitySet::SYS_ADMIN;
 
 /// To be called before the first map is created. Before Linux 5.11, maps count as locked memory, and the limit of that is
 /// smaller than any policy.

@@ -30,9 +30,10 @@ use crate::{
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
     exec,
+    existing::{self, ExistingError},
     pins::{PinDirectory, PinError},
     policy::load::{LoadError, LoadOptions},
-    privileges::{self, CapabilitySet, FOREIGN_FILES},
+    privileges::{self, CapabilitySet, FOREIGN_FILES, TERMINATE},
     report::{Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
     socket_matching,
@@ -76,6 +77,9 @@ pub enum RunError {
     /// The kernel cannot be brought to enforce.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
+    /// Connections cannot be ended.
+    #[error(transparent)]
+    Existing(#[from] ExistingError),
     /// The kernel would not filter.
     #[error("{}", socket_matching::STOPPED)]
     SocketMatching,
@@ -116,6 +120,7 @@ impl RunError {
             Self::Pins(PinError::Claimed { .. }) => 5,
             Self::Cgroup(_)
             | Self::Dataplane(_)
+            | Self::Existing(_)
             | Self::SocketMatching
             | Self::Resolver(_)
             | Self::Pins(_)
@@ -140,6 +145,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let mut source = Source::new(options(args))?;
     let policy = source.read()?;
     dataplane::probe()?;
+    existing::expect(&policy.set)?;
     let mount = cgroup::mount_point()?;
     let target = Target::open(&args.cgroup, &mount)?;
     if target.cgroup.is_root() {
@@ -160,7 +166,8 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     enforcement.attach()?;
     enforcement.dataplane.commit()?;
     // Before there is a second thread, which would keep its own.
-    privileges::keep_only(privileges::RUNNING | files(args));
+    privileges::keep_only(privileges::RUNNING | files(args) | terminating(&policy));
+    enforcement.terminate();
     let backlog = retire(&pins, enforcement.dataplane.pins().path());
     let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
@@ -189,6 +196,11 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
 /// The capabilities that reading the policy files takes.
 pub const fn files(args: &RunArgs) -> CapabilitySet {
     if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() }
+}
+
+/// The capabilities that ending connections takes, if a policy asks for it.
+fn terminating(policy: &Policy) -> CapabilitySet {
+    if existing::is_asked_for(&policy.set) { TERMINATE } else { CapabilitySet::empty() }
 }
 
 fn options(args: &RunArgs) -> SourceOptions {
@@ -453,6 +465,7 @@ async fn on_a_thread<T: Send + 'static>(
 
 impl State {
     fn put_in_force(&mut self, policy: Policy, names: Names) -> Result<(), RunError> {
+        existing::expect(&policy.set)?;
         let hosts = names.clone();
         let applied = self.enforcement.adopt(self.source.selector(&policy, names))?;
         self.hosts.set(&hosts);
@@ -465,6 +478,7 @@ impl State {
         } else {
             tracing::info!(generation, "policy unchanged");
         }
+        self.enforcement.terminate();
         self.enforcement.clean();
         Ok(())
     }

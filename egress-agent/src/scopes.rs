@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     cgroup,
     compile::{CompileError, Context, compile},
+    existing,
     policy::{Mode, ObjectName, PolicySet},
     ruleset::Ruleset,
     workload::{ScopeKey, UserIdentity, Workload, names_root, selects, selects_only_below},
@@ -81,6 +82,8 @@ pub struct Scope {
     pub users: BTreeMap<u32, usize>,
     /// The policies that select it.
     pub policies: Vec<ObjectName>,
+    /// Whether connections that are open and would be refused are ended: `existing`.
+    pub terminates: bool,
 }
 
 /// What the kernel is to hold.
@@ -208,13 +211,15 @@ impl Selector {
         let users = if kind == Kind::Cgroup { self.scopes_of_users(workload, &key.0)? } else { BTreeMap::new() };
         let ruleset = compile(&self.policies, workload, &self.context)?;
         let selecting = self.policies.egress_policies.iter().filter(|policy| selects(policy, workload));
-        let policies = selecting.map(|policy| policy.object.clone()).collect();
+        let policies = selecting.clone().map(|policy| policy.object.clone()).collect();
+        let terminates = selecting.into_iter().any(existing::terminates);
         self.scopes.push(Scope {
             hash: ruleset.hash(),
             written: places(&ruleset),
             ruleset: Arc::new(ruleset),
             users,
             policies,
+            terminates,
         });
         self.known.insert(key, self.scopes.len() - 1);
         Ok(self.scopes.len() - 1)

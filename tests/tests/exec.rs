@@ -208,6 +208,31 @@ fn the_exit_status_is_that_of_the_command_or_tells_why_there_is_none() {
     host.is_clean();
 }
 
+/// The capabilities that a command has, by a line of its `/proc/self/status`.
+fn capabilities(ended: &Ended, line: &str) -> u64 {
+    let found = ended.stdout.lines().find_map(|status| status.strip_prefix(line));
+    u64::from_str_radix(found.unwrap_or_else(|| panic!("{}", ended.stderr)).trim(), 16).unwrap()
+}
+
+#[test]
+fn a_command_of_root_is_without_the_capabilities_that_go_around_the_rules() {
+    let host = Host::new();
+    // CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF.
+    let dangerous = [12, 13, 16, 17, 19, 21, 38, 39].map(|bit: u32| 1_u64 << bit).iter().sum::<u64>();
+    let status = |args: &[&str]| host.run(&[args, &["--", "cat", "/proc/self/status"]].concat());
+    let ended = status(&[]);
+    for line in ["CapBnd:", "CapPrm:", "CapEff:", "CapInh:", "CapAmb:"] {
+        assert_eq!(capabilities(&ended, line) & dangerous, 0, "{line} {}", ended.stdout);
+    }
+    // The others are as they were: CAP_CHOWN.
+    assert_eq!(capabilities(&ended, "CapEff:") & 1, 1);
+
+    let ended = status(&["--keep-capabilities", "CAP_NET_RAW,bpf"]);
+    assert_eq!(capabilities(&ended, "CapEff:") & dangerous, 1 << 13 | 1 << 39);
+    let wrong = host.run(&["--keep-capabilities", "CAP_CHOWN", "--", "true"]);
+    assert!(wrong.code == Some(125) && wrong.stderr.contains("commands keep every capability but"), "{}", wrong.stderr);
+}
+
 #[test]
 fn without_root_the_agent_says_so() {
     let host = Host::new();

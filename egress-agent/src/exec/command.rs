@@ -10,9 +10,13 @@ use std::{
 };
 
 use rustix::{
+    io::Errno,
     net::{AddressFamily, sockopt::socket_domain},
     process::{Gid, Resource, Rlimit, Uid, setrlimit},
-    thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid},
+    thread::{
+        CapabilitySet, CapabilitySets, capabilities, remove_capability_from_bounding_set, set_capabilities,
+        set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    },
 };
 
 use super::{ExecError, user::RunAs};
@@ -23,6 +27,8 @@ pub(super) struct Command<'a> {
     pub(super) words: &'a [OsString],
     /// `None` is this process's own user.
     pub(super) user: Option<&'a RunAs>,
+    /// Capabilities that it is not given.
+    pub(super) dropped: CapabilitySet,
     /// The limit that this process may have lifted for itself.
     pub(super) locked_memory: Rlimit,
 }
@@ -37,13 +43,15 @@ enum Step {
     Group,
     User,
     NoNewPrivileges,
+    Capabilities,
 }
 
 /// No error number reaches it (`MAX_ERRNO` of `linux/err.h` is 4095).
 const STEP: i32 = 1 << 12;
 
 impl Step {
-    const ALL: [Self; 6] = [Self::Join, Self::Limit, Self::Groups, Self::Group, Self::User, Self::NoNewPrivileges];
+    const ALL: [Self; 7] =
+        [Self::Join, Self::Limit, Self::Groups, Self::Group, Self::User, Self::NoNewPrivileges, Self::Capabilities];
 
     const fn text(self) -> &'static str {
         match self {
@@ -53,10 +61,11 @@ impl Step {
             Self::Group => "become the group of the user",
             Self::User => "become the user",
             Self::NoNewPrivileges => "forbid new privileges",
+            Self::Capabilities => "give up capabilities",
         }
     }
 
-    fn failed(self, errno: rustix::io::Errno) -> io::Error {
+    fn failed(self, errno: Errno) -> io::Error {
         io::Error::from_raw_os_error(self as i32 * STEP + errno.raw_os_error())
     }
 
@@ -86,11 +95,12 @@ impl Command<'_> {
         if let Some(user) = self.user {
             command.envs(user.environment());
         }
-        let (user, limit) = (self.user.map(Identity::new), self.locked_memory);
+        let (user, dropped, limit) = (self.user.map(Identity::new), self.dropped, self.locked_memory);
         let enter = move || {
             // While it is still root, which the cgroup takes. It is this very process that goes on as the command.
             rustix::io::write(&procs, b"0").map_err(|errno| Step::Join.failed(errno))?;
             setrlimit(Resource::Memlock, limit).map_err(|errno| Step::Limit.failed(errno))?;
+            give_up(dropped)?;
             user.as_ref().map_or(Ok(()), Identity::assume)
         };
         // SAFETY: between fork and exec the closure makes system calls, with what was opened and allocated before the
@@ -131,6 +141,27 @@ impl Identity {
     }
 }
 
+/// For the calling thread and all that it executes. Without `CAP_SETPCAP` the bounding set, from which a program of root is
+/// given its capabilities, stays as it is; then nothing that is executed may gain any.
+fn give_up(dropped: CapabilitySet) -> io::Result<()> {
+    let failed = |errno| Step::Capabilities.failed(errno);
+    for capability in dropped.iter() {
+        match remove_capability_from_bounding_set(capability) {
+            // `EINVAL`: this kernel does not know it.
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(Errno::PERM) => set_no_new_privs(true).map_err(failed)?,
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+    let held = capabilities(None).map_err(failed)?;
+    let left = CapabilitySets {
+        effective: held.effective - dropped,
+        permitted: held.permitted - dropped,
+        inheritable: held.inheritable - dropped,
+    };
+    set_capabilities(None, left).map_err(failed)
+}
+
 /// Descriptors that this process inherited are not passed on. Its own are not anyway.
 fn keep_descriptors() -> io::Result<()> {
     for entry in fs::read_dir("/proc/self/fd")? {
@@ -166,7 +197,7 @@ mod tests {
     #[test]
     fn the_step_that_failed_is_told_from_a_command_that_failed() {
         for step in Step::ALL {
-            let number = step.failed(rustix::io::Errno::PERM).raw_os_error().unwrap();
+            let number = step.failed(Errno::PERM).raw_os_error().unwrap();
             let (told, cause) = Step::told(number).unwrap();
             assert_eq!((told as i32, cause.raw_os_error()), (step as i32, Some(libc::EPERM)));
         }

@@ -146,6 +146,7 @@ fn layout(scopes: Vec<AnyScope>, placed: BTreeMap<u64, (u8, u8)>) -> Layout {
             .map(|(uid, index)| (uid, of_users[index.index(of_users.len())]))
             .collect(),
         policies: Vec::new(),
+        terminates: false,
     });
     let elsewhere = placements.get(&1).map(|placement| placement.below);
     Layout { scopes: scopes.collect(), placements, elsewhere }

@@ -3,7 +3,7 @@
 //! Whoever enforces refuses them: a policy that is carried out by half is worse than none. Whoever only checks or
 //! explains reads them as what they will mean.
 
-use crate::policy::{DnsQueries, EgressPolicy, Existing, Selector, code::Code, diagnostic::Finding, yaml::Span};
+use crate::policy::{DnsQueries, EgressPolicy, Selector, code::Code, diagnostic::Finding, yaml::Span};
 
 /// A field, and whether a policy depends on it.
 struct Field {
@@ -20,7 +20,6 @@ const FIELDS: &[Field] = &[
         is_used: |p| selects(p, |s| matches!(s, Selector::Pod(_))),
     },
     Field { path: "spec.dns.queries", what: "`Named`", is_used: |p| p.dns_queries == Some(DnsQueries::Named) },
-    Field { path: "spec.existing", what: "`Terminate`", is_used: |p| p.existing == Some(Existing::Terminate) },
 ];
 
 fn selects(policy: &EgressPolicy, kind: impl Fn(&Selector) -> bool) -> bool {

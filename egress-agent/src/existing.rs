@@ -1,0 +1,211 @@
+//! `existing: Terminate`: ends connections that are open and that the policy in force would refuse.
+//!
+//! Sockets are found by their cgroup in every network namespace that a process at or below the attach point is in, judged by
+//! [`egress_common::decide`] as a new connection would be, and ended as `ss --kill` does. What a listening socket accepted is
+//! no choice of the workload and stays.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    fs::{self, File},
+    io,
+    net::UdpSocket,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
+    thread,
+};
+
+use egress_common::{Flow, Protocol, Verdict};
+use rustix::thread::{LinkNameSpaceType, capabilities, move_into_link_name_space};
+
+use crate::{
+    cgroup::{below, directories},
+    policy::{EgressPolicy, Existing, Mode, PolicySet},
+    privileges::TERMINATE,
+    ruleset::Ruleset,
+    scopes::{Layout, Seat},
+    sock_diag::{Kind, SockDiag, Socket, state},
+};
+
+/// Why connections could not be ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ExistingError {
+    /// The kernel was built without it.
+    #[error(
+        "a policy says `existing: Terminate`, and this kernel ends no sockets of others: it lacks CONFIG_INET_DIAG_DESTROY, or \
+         the modules tcp_diag and udp_diag"
+    )]
+    Unsupported(#[source] io::Error),
+    /// The agent has given up what it takes.
+    #[error(
+        "a policy says `existing: Terminate`, which takes CAP_SYS_ADMIN to enter network namespaces. An agent keeps it only if \
+         a policy says so when it starts: start the agent again"
+    )]
+    Privilege,
+}
+
+/// Whether the kernel can end sockets: ends one that is made for it.
+fn probe() -> Result<(), ExistingError> {
+    let probe = || {
+        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        let own = socket.local_addr()?;
+        socket.connect(own)?;
+        let diag = SockDiag::open()?;
+        let found = diag.sockets(Kind::Udp, &[state::ESTABLISHED])?.into_iter().find(|found| found.source == own);
+        diag.destroy(&found.ok_or(io::ErrorKind::NotFound)?)
+    };
+    probe().map_err(ExistingError::Unsupported)
+}
+
+/// Whether a policy asks for it.
+pub fn is_asked_for(policies: &PolicySet) -> bool {
+    policies.egress_policies.iter().any(terminates)
+}
+
+/// Whether it is what a policy asks for. One that only audits changes nothing.
+pub fn terminates(policy: &EgressPolicy) -> bool {
+    policy.mode == Mode::Enforce && policy.existing == Some(Existing::Terminate)
+}
+
+/// Whether what policies ask for can be done by the calling thread, if they do.
+pub fn expect(policies: &PolicySet) -> Result<(), ExistingError> {
+    if !is_asked_for(policies) {
+        return Ok(());
+    }
+    let may_enter = capabilities(None).is_ok_and(|held| held.effective.contains(TERMINATE));
+    if may_enter { probe() } else { Err(ExistingError::Privilege) }
+}
+
+/// Where connections are looked for.
+pub(crate) struct Sweep<'a> {
+    pub(crate) mount: &'a Path,
+    /// The attach point.
+    pub(crate) top: &'a Path,
+    pub(crate) layout: &'a Layout,
+}
+
+impl Sweep<'_> {
+    /// Ends what is open and would be refused; tells how many that were. What cannot be looked at is warned of.
+    pub(crate) fn run(&self) -> usize {
+        if self.layout.scopes.iter().all(|scope| !scope.terminates) {
+            return 0;
+        }
+        let cgroups = Cgroups::below(&self.mount.join(below(self.top)));
+        let ended = |namespace: &Namespace| match namespace.inside(|| self.sweep(&cgroups)) {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::warn!(%error, pid = namespace.pid, "cannot end connections in a network namespace");
+                0
+            }
+        };
+        cgroups.namespaces().values().map(ended).sum()
+    }
+
+    /// In the network namespace of the calling thread.
+    fn sweep(&self, cgroups: &Cgroups) -> io::Result<usize> {
+        let diag = SockDiag::open()?;
+        let connected = [state::ESTABLISHED, state::SYN_SENT, state::CLOSE_WAIT];
+        let mut sockets = diag.sockets(Kind::Tcp, &connected)?;
+        let served = diag.sockets(Kind::Tcp, &[state::LISTEN])?;
+        let served: HashSet<u16> = served.iter().map(|socket| socket.source.port()).collect();
+        sockets.retain(|socket| socket.state == state::SYN_SENT || !served.contains(&socket.source.port()));
+        sockets.extend(diag.sockets(Kind::Udp, &[state::ESTABLISHED])?);
+        let refused = sockets.iter().filter_map(|socket| Some((socket, self.refusal(cgroups, socket)?)));
+        Ok(refused.filter(|(socket, rule)| end(&diag, socket, rule)).count())
+    }
+
+    /// The rule by which a socket's connection would be refused, in words; `None` if it would not, or is to be kept.
+    fn refusal(&self, cgroups: &Cgroups, socket: &Socket) -> Option<String> {
+        let Seat::Scope(index) = self.seat(cgroups, socket.cgroup?)? else { return None };
+        let scope = &self.layout.scopes[index];
+        let scope = scope.users.get(&socket.uid).map_or(scope, |&index| &self.layout.scopes[index]);
+        let protocol = match socket.kind {
+            Kind::Tcp => Protocol::Tcp,
+            Kind::Udp => Protocol::Udp,
+        };
+        let (address, port) = (socket.destination.ip().into(), socket.destination.port());
+        let decision = scope.ruleset.decide(&Flow { place: Ruleset::PLACE, protocol, address, port });
+        let is_refused = scope.terminates && decision.verdict == Verdict::Deny;
+        is_refused.then(|| scope.ruleset.rule(&decision).map_or_else(|| "default".to_owned(), ToString::to_string))
+    }
+
+    /// Where a cgroup belongs: by itself, or by the nearest one above it that is placed.
+    fn seat(&self, cgroups: &Cgroups, id: u64) -> Option<Seat> {
+        if let Some(placement) = self.layout.placements.get(&id) {
+            return Some(placement.own);
+        }
+        let above = cgroups.paths.get(&id)?.ancestors().skip(1);
+        let mut placements = above.filter_map(|path| self.layout.placements.get(cgroups.ids.get(path)?));
+        placements.next().map(|placement| placement.below)
+    }
+}
+
+fn end(diag: &SockDiag, socket: &Socket, rule: &str) -> bool {
+    let Socket { source, destination, kind, .. } = socket;
+    match diag.destroy(socket) {
+        Ok(()) => {
+            tracing::info!(?kind, %source, %destination, cgroup = socket.cgroup, rule, "connection terminated");
+            true
+        }
+        // It ended by itself.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => {
+            tracing::warn!(%error, ?kind, %source, %destination, "cannot terminate a connection that is refused");
+            false
+        }
+    }
+}
+
+/// The cgroups below a directory, and that itself.
+struct Cgroups {
+    paths: HashMap<u64, PathBuf>,
+    ids: HashMap<PathBuf, u64>,
+}
+
+impl Cgroups {
+    fn below(top: &Path) -> Self {
+        let with_id = |path: PathBuf| Some((fs::metadata(&path).ok()?.ino(), path));
+        let paths: HashMap<u64, PathBuf> = directories(top).filter_map(with_id).collect();
+        let ids = paths.iter().map(|(&id, path)| (path.clone(), id)).collect();
+        Self { paths, ids }
+    }
+
+    /// By their number, each network namespace that a process of one of these is in.
+    fn namespaces(&self) -> BTreeMap<u64, Namespace> {
+        // Those of a threaded cgroup are told by thread only.
+        let tasks = |path: &PathBuf| {
+            let read = |name| fs::read_to_string(path.join(name));
+            read("cgroup.procs").or_else(|_| read("cgroup.threads")).unwrap_or_default()
+        };
+        let tasks: Vec<String> = self.paths.values().map(tasks).collect();
+        let pids = tasks.iter().flat_map(|tasks| tasks.lines()).filter_map(|pid| pid.parse().ok());
+        pids.filter_map(|pid| Namespace::of(pid).ok()).collect()
+    }
+}
+
+/// A network namespace, and a process in it.
+struct Namespace {
+    file: File,
+    pid: u32,
+}
+
+impl Namespace {
+    fn of(pid: u32) -> io::Result<(u64, Self)> {
+        let file = File::open(format!("/proc/{pid}/ns/net"))?;
+        Ok((file.metadata()?.ino(), Self { file, pid }))
+    }
+
+    /// Works on a thread that enters it, unless it is this one's anyway.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        let own = fs::metadata("/proc/thread-self/ns/net")?.ino();
+        if self.file.metadata()?.ino() == own {
+            return work();
+        }
+        let enter = || {
+            move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
+            work()
+        };
+        let done =
+            thread::scope(|threads| Ok::<_, io::Error>(thread::Builder::new().spawn_scoped(threads, enter)?.join()))?;
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
