@@ -69,6 +69,8 @@ pub enum Place {
     Threaded,
     /// Inside, in another network namespace.
     Elsewhere,
+    /// Inside, and the far namespace tells its MPTCP peers that it has the target's address, too.
+    Announced,
 }
 
 /// Which destinations a vector can have.

@@ -8,7 +8,7 @@ use super::{
     Act, Destinations, Place, Vector, Who,
     prisoner::{Attempt, Prisoner},
     sniffer::reaches,
-    target::{OPEN, PORT, Permission, Target},
+    target::{NEAR4, NEAR6, OPEN, PORT, Permission, Target},
     vectors,
     yard::Yard,
 };
@@ -71,12 +71,13 @@ pub fn run(words: &[String]) -> Result<Vec<Case>> {
     Ok(attempts.iter().map(|(number, attempt)| judge(attempt, &open[number], &closed[number])).collect())
 }
 
-/// Opens one port of every form of an allowed destination.
+/// Opens one port of every form of an allowed destination, and this host, as a rule for a private network does.
 fn policy() -> String {
     let to: Vec<String> = OPEN.iter().map(|prefix| format!("{{ cidr: '{prefix}' }}")).collect();
     format!(
         "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: {{ name: escape }}\nspec:\n  \
-         dns: {{ servers: None }}\n  allow:\n  - to: [{}]\n    ports: [{{ port: {PORT} }}, {{ port: {PORT}, protocol: UDP }}]\n",
+         dns: {{ servers: None }}\n  allow:\n  - to: [{{ cidr: {NEAR4}/32 }}, {{ cidr: '{NEAR6}/128' }}]\n  - to: [{}]\n    \
+         ports: [{{ port: {PORT} }}, {{ port: {PORT}, protocol: UDP }}]\n",
         to.join(", ")
     )
 }
@@ -103,11 +104,12 @@ struct Grounds {
 
 /// The filtered cgroup and what is below it.
 struct Prison {
+    /// Dropped before the cgroup they are attached to.
+    _programs: Vec<Attached>,
     cgroup: Cgroup,
     nested: Cgroup,
     threaded: Cgroup,
     _pool: Cgroup,
-    _programs: Vec<Attached>,
 }
 
 impl Prison {
@@ -119,7 +121,7 @@ impl Prison {
         let hooks = [Hook::Connect4, Hook::Connect6, Hook::Sendmsg4, Hook::Sendmsg6];
         let programs =
             hooks.into_iter().map(|hook| Program::pass(hook)?.attach(&nested, How::Multi)).collect::<Result<_, _>>()?;
-        Ok(Self { cgroup, nested, threaded, _pool: pool, _programs: programs })
+        Ok(Self { _programs: programs, cgroup, nested, threaded, _pool: pool })
     }
 }
 
@@ -161,6 +163,7 @@ impl Grounds {
         match attempt.vector.place {
             Place::MovedIn => prison.cgroup.take_process(prisoner.pid())?,
             Place::MovedOut => self.outside.take_process(prisoner.pid())?,
+            Place::Announced => self.yard.announce(&attempt.target)?,
             Place::Inside | Place::BeforeAttach | Place::Nested | Place::Threaded | Place::Elsewhere => (),
         }
         self.finish(attempt, prisoner, prepared)
@@ -171,7 +174,7 @@ impl Grounds {
             Place::MovedIn => &self.outside,
             Place::Nested => &prison.nested,
             Place::Threaded => &prison.threaded,
-            Place::Inside | Place::MovedOut | Place::BeforeAttach | Place::Elsewhere => &prison.cgroup,
+            Place::Inside | Place::MovedOut | Place::BeforeAttach | Place::Elsewhere | Place::Announced => &prison.cgroup,
         };
         Prisoner::start(attempt, &self.yard.near, &self.yard.elsewhere, cgroup)
     }

@@ -18,7 +18,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::{
     netlink::{self, Route},
     sniffer::Sniffer,
-    target::{FAR4, NEAR4, NEAR6, PORT},
+    target::{FAR4, NEAR4, NEAR6, PORT, Target},
 };
 
 /// The interface of the near namespace.
@@ -38,6 +38,7 @@ pub struct Yard {
     pub near: Namespace,
     /// Another near one, with an interface of its own to the far one.
     pub elsewhere: Namespace,
+    far: Namespace,
     sniffers: [Sniffer; 2],
     _listeners: Vec<Socket>,
     _datagrams: UdpSocket,
@@ -87,7 +88,16 @@ impl Yard {
         for namespace in [&near, &elsewhere] {
             namespace.run(furnish_near).context("the near namespace")??;
         }
-        Ok(Self { near, elsewhere, sniffers, _listeners: listeners, _datagrams: datagrams })
+        Ok(Self { near, elsewhere, far, sniffers, _listeners: listeners, _datagrams: datagrams })
+    }
+
+    /// Has the far namespace tell its MPTCP peers of an address. Where the kernel cannot, nothing is told, which shows in
+    /// what arrives.
+    pub fn announce(&self, target: &Target) -> Result<()> {
+        let announce = || netlink::accept_announcements().and_then(|()| netlink::announce(target.v4().into()));
+        let _ = self.far.run(announce)?;
+        let _ = self.near.run(netlink::accept_announcements)?;
+        Ok(())
     }
 
     /// Every frame that has arrived since the last time. What a process in the near namespace sent before the call is

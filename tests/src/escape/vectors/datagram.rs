@@ -1,6 +1,6 @@
 //! Ways over UDP.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV6};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use crate::escape::{
     Outcome, Vector,
@@ -113,8 +113,35 @@ pub const VECTORS: &[Vector] = &[
         send_message(&datagram(at(target.loopback()))?, Some(at(target.loopback()).into()), &control)
     })
     .only_refused(),
+    Vector::new("UDP to ::ffff:127.0.0.0/104 by SO_BINDTODEVICE", |target| {
+        let to = at(target.loopback().to_ipv6_mapped());
+        let socket = datagram(to)?;
+        option(&socket, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, NEAR.as_bytes())?;
+        send_to(&socket, DATA, 0, to)
+    })
+    .only_refused(),
+    Vector::new("UDP to ::1 by SO_BINDTODEVICE", |target| {
+        let to = at(Ipv6Addr::LOCALHOST);
+        let socket = datagram(to)?;
+        option(&socket, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, NEAR.as_bytes())?;
+        send_to(&socket, &target.v6().octets(), 0, to)
+    })
+    .only_refused(),
+    Vector::new("UDP connect after IPV6_ADDRFORM", |target| {
+        let socket = datagram(at(target.v6()))?;
+        connect(&socket, at(target.friend4().to_ipv6_mapped()))?;
+        number_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_ADDRFORM, libc::AF_INET)?;
+        connect(&socket, at(target.v4()))?;
+        send(&socket, DATA, 0)
+    }),
+    Vector::new("UDP sendto after IPV6_ADDRFORM", |target| {
+        let socket = datagram(at(target.v6()))?;
+        connect(&socket, at(target.friend4().to_ipv6_mapped()))?;
+        number_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_ADDRFORM, libc::AF_INET)?;
+        send_to(&socket, DATA, 0, at(target.v4()))
+    }),
     Vector::new("UDP to 0.0.0.0", |_| sent(at(Ipv4Addr::UNSPECIFIED))).stays_here(),
-    Vector::new("UDP to ::", |_| sent(at(std::net::Ipv6Addr::UNSPECIFIED))).stays_here(),
+    Vector::new("UDP to ::", |_| sent(at(Ipv6Addr::UNSPECIFIED))).stays_here(),
     Vector::new("UDP-Lite sendto, IPv4", |target| lite(at(target.v4()))).needs("UDP-Lite, which Linux 7 lacks"),
     Vector::new("UDP-Lite sendto, IPv6", |target| lite(at(target.v6()))).needs("UDP-Lite, which Linux 7 lacks"),
 ];

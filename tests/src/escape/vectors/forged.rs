@@ -8,7 +8,7 @@ use crate::escape::{
     sys::{
         self, DATA, bind, connect, datagram, listen, near_index, number_option, option, send_to, settle, socket, stream,
     },
-    target::{PORT, Target, at},
+    target::{NEAR4, NEAR6, PORT, Target, at},
     vectors::raw::{checksum, ipv4, portless, udp},
 };
 
@@ -47,7 +47,7 @@ pub const VECTORS: &[Vector] = &[
     }),
     Vector::new("ICMP error to a source forged by IP_TRANSPARENT", |target| {
         let socket = forging(at(target.v4()), libc::SOCK_DGRAM, (libc::IPPROTO_IP, IP_TRANSPARENT))?;
-        send_to(&socket, DATA, 0, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), CLOSED_PORT))
+        send_to(&socket, DATA, 0, SocketAddr::new(NEAR4.into(), CLOSED_PORT))
     })
     .root_only(),
     Vector::new("ICMP error to a source forged by a raw socket", |target| raw(target, libc::IPPROTO_UDP, &closed_udp()))
@@ -67,12 +67,25 @@ pub const VECTORS: &[Vector] = &[
         let socket = forging(at(target.v6()), libc::SOCK_STREAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
         connect(&socket, closed6())
     }),
+    Vector::new("TCP SYN-ACK from an address of this host to a source forged by IPV6_FREEBIND", |target| {
+        let own = SocketAddr::new(NEAR6.into(), OWN_PORT);
+        let listener = stream(own)?;
+        bind(&listener, own)?;
+        listen(&listener)?;
+        let socket = forging(at(target.v6()), libc::SOCK_STREAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        connect(&socket, own)
+    }),
+    Vector::new("ICMPv6 error from an address of this host to a source forged by IPV6_FREEBIND", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        send_to(&socket, DATA, 0, SocketAddr::new(NEAR6.into(), CLOSED_PORT))
+    }),
     Vector::new("TCP SYN-ACK to a source forged by IP_TRANSPARENT", |target| {
-        let listener = stream(own4())?;
-        bind(&listener, own4())?;
+        let own = SocketAddr::new(NEAR4.into(), OWN_PORT);
+        let listener = stream(own)?;
+        bind(&listener, own)?;
         listen(&listener)?;
         let socket = forging(at(target.v4()), libc::SOCK_STREAM, (libc::IPPROTO_IP, IP_TRANSPARENT))?;
-        connect(&socket, own4())
+        connect(&socket, own)
     })
     .root_only(),
     Vector::new("IGMP report of a membership", |target| {
@@ -81,7 +94,7 @@ pub const VECTORS: &[Vector] = &[
     })
     .only_refused(),
     Vector::new("IGMP report of a membership for a source", |target| {
-        let request = [target.friend_group4().octets(), crate::escape::target::NEAR4.octets(), target.v4().octets()];
+        let request = [target.friend_group4().octets(), NEAR4.octets(), target.v4().octets()];
         report(at(target.v4()), libc::IPPROTO_IP, libc::IP_ADD_SOURCE_MEMBERSHIP, &request.concat())
     })
     .only_refused(),
@@ -136,11 +149,11 @@ fn raw_then_answer(target: &Target) -> Outcome {
     heard(&server, at(target.v4()))
 }
 
-/// A packet to this host as if from the target.
+/// A packet to this host as if from the target. The kernel never answers from a loopback address of IPv4.
 fn raw(target: &Target, protocol: i32, payload: &[u8]) -> Outcome {
     let socket = socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
-    let packet = ipv4(target.v4(), Ipv4Addr::LOCALHOST, protocol, payload);
-    send_to(&socket, &packet, 0, portless(Ipv4Addr::LOCALHOST.into()))
+    let packet = ipv4(target.v4(), NEAR4, protocol, payload);
+    send_to(&socket, &packet, 0, portless(NEAR4.into()))
 }
 
 fn closed_udp() -> Vec<u8> {

@@ -17,58 +17,60 @@ const IP_OPTIONS: i32 = 4;
 const IP_RETOPTS: i32 = 7;
 const IPV6_2292PKTOPTIONS: i32 = 6;
 const IPV6_2292RTHDR: i32 = 5;
-const IPV6_RTHDR: i32 = 57;
+/// The option and the kind of control message.
+pub const IPV6_RTHDR: i32 = 57;
 /// Needs `CONFIG_IPV6_MIP6`.
 const MOBILE: u8 = 2;
-const SEGMENTS: u8 = 4;
+/// Needs nothing.
+pub const SEGMENTS: u8 = 4;
 const MOBILITY: &str = "CONFIG_IPV6_MIP6";
+const ANCILLARY: &str = "routing headers of type 4 as ancillary data";
 
 pub const VECTORS: &[Vector] = &[
-    Vector::new("LSRR by IP_OPTIONS before connect, TCP", |target| tcp4(target, LOOSE)),
-    Vector::new("LSRR by IP_OPTIONS before connect, UDP", |target| udp4(target, LOOSE)),
+    Vector::new("LSRR by IP_OPTIONS before connect, TCP", |target| tcp4(target, LOOSE)).root_only(),
+    Vector::new("LSRR by IP_OPTIONS before connect, UDP", |target| udp4(target, LOOSE)).root_only(),
     Vector::new("LSRR by IP_OPTIONS after connect, UDP", |target| {
         let socket = datagram(at(target.friend4()))?;
         connect(&socket, at(target.friend4()))?;
         option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
         send(&socket, DATA, 0)
-    }),
+    })
+    .root_only(),
     Vector::new("LSRR by IP_OPTIONS, sendto", |target| {
         let socket = datagram(at(target.friend4()))?;
         option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
         send_to(&socket, DATA, 0, at(target.friend4()))
-    }),
-    Vector::new("SSRR by IP_OPTIONS before connect, TCP", |target| tcp4(target, STRICT)),
-    Vector::new("SSRR by IP_OPTIONS before connect, UDP", |target| udp4(target, STRICT)),
-    Vector::new("LSRR by IP_RETOPTS", |target| by_message4(target, LOOSE)),
-    Vector::new("SSRR by IP_RETOPTS", |target| by_message4(target, STRICT)),
+    })
+    .root_only(),
+    Vector::new("SSRR by IP_OPTIONS before connect, TCP", |target| tcp4(target, STRICT)).root_only(),
+    Vector::new("SSRR by IP_OPTIONS before connect, UDP", |target| udp4(target, STRICT)).root_only(),
+    Vector::new("LSRR by IP_RETOPTS", |target| by_message4(target, LOOSE)).root_only(),
+    Vector::new("SSRR by IP_RETOPTS", |target| by_message4(target, STRICT)).root_only(),
     Vector::new("LSRR by IP_RETOPTS, connected", |target| {
         let socket = datagram(at(target.friend4()))?;
         connect(&socket, at(target.friend4()))?;
         send_message(&socket, None, &[(libc::IPPROTO_IP, IP_RETOPTS, &route4(LOOSE, target))])
-    }),
+    })
+    .root_only(),
     Vector::new("LSRR to the loopback, TCP", |target| {
         let to = at(Ipv4Addr::LOCALHOST);
         let socket = stream(to)?;
         option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
         connect(&socket, to)
-    }),
+    })
+    .root_only(),
     Vector::new("routing header 4 by IPV6_RTHDR before connect, TCP", |target| tcp6(target, SEGMENTS)),
     Vector::new("routing header 4 by IPV6_RTHDR before connect, UDP", |target| udp6(target, SEGMENTS)),
     Vector::new("routing header 4 by IPV6_RTHDR after connect, UDP", |target| after6(target, SEGMENTS)),
     Vector::new("routing header 4 by IPV6_RTHDR, sendto", |target| aside6(target, SEGMENTS)),
-    Vector::new("routing header 4 by IPV6_2292PKTOPTIONS", |target| {
-        let socket = datagram(at(target.friend6()))?;
-        let header = [(libc::IPPROTO_IPV6, IPV6_2292RTHDR, &route6(SEGMENTS, target)[..])];
-        option(&socket, libc::IPPROTO_IPV6, IPV6_2292PKTOPTIONS, &encode(&header))?;
-        send_to(&socket, DATA, 0, at(target.friend6()))
-    }),
-    Vector::new("routing header 4 by ancillary IPV6_RTHDR", |target| by_message6(target, IPV6_RTHDR, SEGMENTS)),
-    Vector::new("routing header 4 by ancillary IPV6_2292RTHDR", |target| by_message6(target, IPV6_2292RTHDR, SEGMENTS)),
-    Vector::new("routing header 4 by ancillary IPV6_RTHDR, connected", |target| {
-        let socket = datagram(at(target.friend6()))?;
-        connect(&socket, at(target.friend6()))?;
-        send_message(&socket, None, &[(libc::IPPROTO_IPV6, IPV6_RTHDR, &route6(SEGMENTS, target))])
-    }),
+    Vector::new("routing header 4 by IPV6_2292PKTOPTIONS", |target| by_packet_options(target, SEGMENTS))
+    .needs(ANCILLARY),
+    Vector::new("routing header 4 by ancillary IPV6_RTHDR", |target| by_message6(target, IPV6_RTHDR, SEGMENTS))
+        .needs(ANCILLARY),
+    Vector::new("routing header 4 by ancillary IPV6_2292RTHDR", |target| by_message6(target, IPV6_2292RTHDR, SEGMENTS))
+        .needs(ANCILLARY),
+    Vector::new("routing header 4 by ancillary IPV6_RTHDR, connected", |target| connected6(target, SEGMENTS))
+    .needs(ANCILLARY),
     Vector::new("routing header 4 to ::1", |target| {
         let to = at(Ipv6Addr::LOCALHOST);
         let socket = datagram(to)?;
@@ -78,6 +80,11 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("routing header 2 by IPV6_RTHDR before connect, TCP", |target| tcp6(target, MOBILE)).needs(MOBILITY),
     Vector::new("routing header 2 by IPV6_RTHDR before connect, UDP", |target| udp6(target, MOBILE)).needs(MOBILITY),
     Vector::new("routing header 2 by IPV6_RTHDR after connect, UDP", |target| after6(target, MOBILE)).needs(MOBILITY),
+    Vector::new("routing header 2 by IPV6_2292PKTOPTIONS", |target| by_packet_options(target, MOBILE)).needs(MOBILITY),
+    Vector::new("routing header 2 by ancillary IPV6_2292RTHDR", |target| by_message6(target, IPV6_2292RTHDR, MOBILE))
+        .needs(MOBILITY),
+    Vector::new("routing header 2 by ancillary IPV6_RTHDR, connected", |target| connected6(target, MOBILE))
+        .needs(MOBILITY),
     Vector::new("routing header 2 by ancillary IPV6_RTHDR", |target| by_message6(target, IPV6_RTHDR, MOBILE))
         .needs(MOBILITY),
 ];
@@ -110,7 +117,7 @@ fn by_message4(target: &Target, kind: u8) -> Outcome {
 }
 
 /// A routing header whose first stop is the target.
-fn route6(kind: u8, target: &Target) -> Vec<u8> {
+pub fn route6(kind: u8, target: &Target) -> Vec<u8> {
     let target = target.v6().octets();
     match kind {
         MOBILE => [&[0, 2, MOBILE, 1, 0, 0, 0, 0][..], &target].concat(),
@@ -153,4 +160,17 @@ fn by_message6(target: &Target, name: i32, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend6()))?;
     let control = [(libc::IPPROTO_IPV6, name, &route6(kind, target)[..])];
     send_message(&socket, Some(at(target.friend6()).into()), &control)
+}
+
+fn connected6(target: &Target, kind: u8) -> Outcome {
+    let socket = datagram(at(target.friend6()))?;
+    connect(&socket, at(target.friend6()))?;
+    send_message(&socket, None, &[(libc::IPPROTO_IPV6, IPV6_RTHDR, &route6(kind, target))])
+}
+
+fn by_packet_options(target: &Target, kind: u8) -> Outcome {
+    let socket = datagram(at(target.friend6()))?;
+    let header = [(libc::IPPROTO_IPV6, IPV6_2292RTHDR, &route6(kind, target)[..])];
+    option(&socket, libc::IPPROTO_IPV6, IPV6_2292PKTOPTIONS, &encode(&header))?;
+    send_to(&socket, DATA, 0, at(target.friend6()))
 }

@@ -6,9 +6,9 @@ use std::{
 };
 
 use crate::escape::{
-    Outcome, Vector,
+    Outcome, Place, Vector,
     sys::{
-        Address, DATA, connect, established, near_index, number_option, option, send, send_to, socket, stream,
+        Address, DATA, connect, established, near_index, number_option, option, send, send_to, settle, socket, stream,
     },
     target::{PORT, Target, at},
     yard::NEAR,
@@ -45,6 +45,9 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("MPTCP connect, IPv6", |target| multipath(at(target.v6()))).needs("CONFIG_MPTCP_IPV6"),
     Vector::new("MPTCP connect, IPv4-mapped", |target| multipath(at(target.mapped()))).needs("CONFIG_MPTCP_IPV6"),
     Vector::new("MPTCP Fast Open by sendto", multipath_fast_open).needs("Linux 6.2 with CONFIG_MPTCP"),
+    Vector::new("MPTCP subflow to an address that the peer announces", subflow)
+        .placed(Place::Announced)
+        .needs("Linux 5.10 with CONFIG_MPTCP"),
     Vector::new("SMC connect", |target| other(AF_SMC, 0, target)).needs("CONFIG_SMC"),
     Vector::new("SCTP connect", |target| other(libc::AF_INET, libc::IPPROTO_SCTP, target)).needs("CONFIG_IP_SCTP"),
     Vector::new("SCTP sendto", sctp_send).needs("CONFIG_IP_SCTP"),
@@ -123,6 +126,19 @@ fn multipath(to: SocketAddr) -> Outcome {
 fn multipath_fast_open(target: &Target) -> Outcome {
     let to = at(target.v4());
     send_to(&mptcp(to)?, DATA, libc::MSG_FASTOPEN, to)
+}
+
+/// The kernel opens further connections by itself.
+fn subflow(target: &Target) -> Outcome {
+    let to = at(target.friend4());
+    let socket = mptcp(to)?;
+    connect(&socket, to)?;
+    established(&socket)?;
+    send(&socket, DATA, 0)?;
+    settle();
+    send(&socket, DATA, 0)?;
+    settle();
+    Ok(())
 }
 
 fn other(domain: i32, protocol: i32, target: &Target) -> Outcome {
