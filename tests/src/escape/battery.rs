@@ -65,9 +65,8 @@ pub fn run(words: &[String]) -> Result<Vec<Case>> {
     let open = grounds.round(&attempts, |_| Ok(None))?;
     let policies = tempfile::tempdir()?;
     fs::write(policies.path().join("policy.yaml"), policy())?;
-    let closed = grounds.round(&attempts, |cgroup| {
-        Ok(Some(Agent::start(policies.path(), cgroup, &["--default", "Deny"])?))
-    })?;
+    let closed =
+        grounds.round(&attempts, |cgroup| Ok(Some(Agent::start(policies.path(), cgroup, &["--default", "Deny"])?)))?;
     Ok(attempts.iter().map(|(number, attempt)| judge(attempt, &open[number], &closed[number])).collect())
 }
 
@@ -163,7 +162,7 @@ impl Grounds {
         match attempt.vector.place {
             Place::MovedIn => prison.cgroup.take_process(prisoner.pid())?,
             Place::MovedOut => self.outside.take_process(prisoner.pid())?,
-            Place::Announced => self.yard.announce(&attempt.target)?,
+            Place::Announced => self.yard.announce(attempt.target)?,
             Place::Inside | Place::BeforeAttach | Place::Nested | Place::Threaded | Place::Elsewhere => (),
         }
         self.finish(attempt, prisoner, prepared)
@@ -174,17 +173,14 @@ impl Grounds {
             Place::MovedIn => &self.outside,
             Place::Nested => &prison.nested,
             Place::Threaded => &prison.threaded,
-            Place::Inside | Place::MovedOut | Place::BeforeAttach | Place::Elsewhere | Place::Announced => &prison.cgroup,
+            Place::Inside | Place::MovedOut | Place::BeforeAttach | Place::Elsewhere | Place::Announced => {
+                &prison.cgroup
+            }
         };
         Prisoner::start(attempt, &self.yard.near, &self.yard.elsewhere, cgroup)
     }
 
-    fn finish(
-        &mut self,
-        attempt: &Attempt,
-        mut prisoner: Prisoner,
-        prepared: Result<(), String>,
-    ) -> Result<Seen> {
+    fn finish(&mut self, attempt: &Attempt, mut prisoner: Prisoner, prepared: Result<(), String>) -> Result<Seen> {
         // What arrived while it prepared was not sent by what is tried.
         if matches!(attempt.vector.act, Act::Twice(..)) {
             self.yard.arrived()?;
@@ -193,7 +189,7 @@ impl Grounds {
             Ok(()) => prisoner.act()?,
             Err(error) => Err(error),
         };
-        let arrived = self.yard.arrived()?.iter().any(|frame| reaches(frame, &attempt.target));
+        let arrived = self.yard.arrived()?.iter().any(|frame| reaches(frame, attempt.target));
         Ok(Seen { arrived, outcome })
     }
 }
@@ -219,7 +215,9 @@ fn judge_by_arrival(attempt: &Attempt, open: &Seen, closed: &Seen) -> Verdict {
         (true, false) => Verdict::Blocked(reason(closed)),
         (false, _) if lacks_privilege => Verdict::Unsupported(format!("needs root: {}", reason(open))),
         (false, _) => match vector.needs {
-            Some(feature) if open.outcome.is_err() => Verdict::Unsupported(format!("needs {feature}: {}", reason(open))),
+            Some(feature) if open.outcome.is_err() => {
+                Verdict::Unsupported(format!("needs {feature}: {}", reason(open)))
+            }
             _ => Verdict::Blind(reason(open)),
         },
     }

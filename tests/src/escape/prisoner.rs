@@ -14,7 +14,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use rustix::{
     process::{
-        DumpableBehavior, Gid, Pid, Signal, Uid, kill_process_group, set_dumpable_behavior, set_parent_process_death_signal,
+        DumpableBehavior, Gid, Pid, Signal, Uid, kill_process_group, set_dumpable_behavior,
+        set_parent_process_death_signal,
     },
     thread::{LinkNameSpaceType, move_into_link_name_space, set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
@@ -126,9 +127,9 @@ pub fn attempt(arguments: &[String]) -> Result<()> {
     match vector.act {
         Act::Once(act) => {
             await_order("ready")?;
-            tell(act(&target))
+            tell(act(target))
         }
-        Act::Twice(prepare) => match prepare(&target) {
+        Act::Twice(prepare) => match prepare(target) {
             Ok(rest) => {
                 await_order("ready")?;
                 tell(rest())

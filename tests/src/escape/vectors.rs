@@ -14,14 +14,7 @@ use super::Vector;
 
 /// Every way.
 pub fn all() -> impl Iterator<Item = &'static Vector> {
-    [
-        stream::VECTORS,
-        datagram::VECTORS,
-        uring::VECTORS,
-        raw::VECTORS,
-        routed::VECTORS,
-        forged::VECTORS,
-        held::VECTORS,
-    ]
-    .into_iter().flatten()
+    [stream::VECTORS, datagram::VECTORS, uring::VECTORS, raw::VECTORS, routed::VECTORS, forged::VECTORS, held::VECTORS]
+        .into_iter()
+        .flatten()
 }

@@ -84,7 +84,7 @@ impl Yard {
         let (near, elsewhere, far) = (Namespace::new()?, Namespace::new()?, Namespace::new()?);
         near.run(|| netlink::pair(NEAR, FAR, &far.0))??;
         elsewhere.run(|| netlink::pair(NEAR, "far2", &far.0))??;
-        let (listeners, datagrams, sniffers) = far.run(|| furnish_far()).context("the far namespace")??;
+        let (listeners, datagrams, sniffers) = far.run(furnish_far).context("the far namespace")??;
         for namespace in [&near, &elsewhere] {
             namespace.run(furnish_near).context("the near namespace")??;
         }
@@ -93,7 +93,7 @@ impl Yard {
 
     /// Has the far namespace tell its MPTCP peers of an address. Where the kernel cannot, nothing is told, which shows in
     /// what arrives.
-    pub fn announce(&self, target: &Target) -> Result<()> {
+    pub fn announce(&self, target: Target) -> Result<()> {
         let announce = || netlink::accept_announcements().and_then(|()| netlink::announce(target.v4().into()));
         let _ = self.far.run(announce)?;
         let _ = self.near.run(netlink::accept_announcements)?;

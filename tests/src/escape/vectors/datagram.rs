@@ -38,7 +38,7 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("UDP sendmsg, IPv6", |target| message(at(target.v6()))),
     Vector::new("UDP sendmmsg, first to another peer", |target| {
         let to = [at(target.friend4()), at(target.v4())].map(Address::from);
-        send_two_messages(&datagram(at(target.v4()))?, to)
+        send_two_messages(&datagram(at(target.v4()))?, &to)
     }),
     Vector::new("UDP sendto another peer than the connected one, IPv4", |target| {
         aside(at(target.friend4()), at(target.v4()))
@@ -59,7 +59,7 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("UDP sendmsg with IP_PKTINFO", |target| {
         let information = packet_information(near_index()?, Ipv4Addr::UNSPECIFIED);
         let control = [(libc::IPPROTO_IP, libc::IP_PKTINFO, &information[..])];
-        send_message(&datagram(at(target.v4()))?, Some(at(target.v4()).into()), &control)
+        send_message(&datagram(at(target.v4()))?, Some(&at(target.v4()).into()), &control)
     }),
     Vector::new("UDP corked by MSG_MORE, flushed to another peer", |target| {
         let socket = datagram(at(target.v4()))?;
@@ -110,7 +110,7 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("UDP to 127.0.0.0/8 by IP_PKTINFO", |target| {
         let information = packet_information(near_index()?, Ipv4Addr::UNSPECIFIED);
         let control = [(libc::IPPROTO_IP, libc::IP_PKTINFO, &information[..])];
-        send_message(&datagram(at(target.loopback()))?, Some(at(target.loopback()).into()), &control)
+        send_message(&datagram(at(target.loopback()))?, Some(&at(target.loopback()).into()), &control)
     })
     .only_refused(),
     Vector::new("UDP to ::ffff:127.0.0.0/104 by SO_BINDTODEVICE", |target| {
@@ -156,14 +156,14 @@ fn sent(to: SocketAddr) -> Outcome {
     send_to(&datagram(to)?, DATA, 0, to)
 }
 
-fn long_address(target: &Target) -> Outcome {
+fn long_address(target: Target) -> Outcome {
     let mut to = Address::from(at(target.v4()));
     to.0.resize(128, 0);
     send_to(&datagram(at(target.v4()))?, DATA, 0, to)
 }
 
 fn message(to: SocketAddr) -> Outcome {
-    send_message(&datagram(to)?, Some(to.into()), &[])
+    send_message(&datagram(to)?, Some(&to.into()), &[])
 }
 
 fn aside(friend: SocketAddr, to: SocketAddr) -> Outcome {
@@ -179,7 +179,7 @@ fn again(friend: SocketAddr, to: SocketAddr) -> Outcome {
     send(&socket, DATA, 0)
 }
 
-fn after_dissolving(target: &Target) -> Outcome {
+fn after_dissolving(target: Target) -> Outcome {
     let socket = datagram(at(target.v4()))?;
     connect(&socket, at(target.friend4()))?;
     connect(&socket, Address::from(at(target.v4())).with_family(libc::AF_UNSPEC))?;
@@ -200,7 +200,7 @@ fn with_interface(to: SocketAddr) -> Outcome {
     send_message(&socket, None, &[(libc::IPPROTO_IP, libc::IP_PKTINFO, &information)])
 }
 
-fn with_interface6(target: &Target) -> Outcome {
+fn with_interface6(target: Target) -> Outcome {
     let socket = datagram(at(target.v6()))?;
     connect(&socket, at(target.v6()))?;
     let information = [&[0; 16][..], &near_index()?.to_ne_bytes()].concat();
@@ -215,7 +215,7 @@ fn corked(to: SocketAddr) -> Outcome {
 }
 
 /// The kernel sends what was corked to the peer it was corked for, and the rest to the new one.
-fn corked_then_connected(target: &Target) -> Outcome {
+fn corked_then_connected(target: Target) -> Outcome {
     let socket = datagram(at(target.v4()))?;
     send_to(&socket, DATA, libc::MSG_MORE, at(target.friend4()))?;
     connect(&socket, at(target.v4()))?;
@@ -224,7 +224,7 @@ fn corked_then_connected(target: &Target) -> Outcome {
 }
 
 /// The address is that of nobody: the datagram carries the target's as its contents.
-fn broadcast(target: &Target, to: Ipv4Addr) -> Outcome {
+fn broadcast(target: Target, to: Ipv4Addr) -> Outcome {
     let socket = datagram(at(to))?;
     number_option(&socket, libc::SOL_SOCKET, libc::SO_BROADCAST, 1)?;
     send_to(&socket, &target.v4().octets(), 0, at(to))

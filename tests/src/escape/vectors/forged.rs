@@ -37,7 +37,7 @@ pub const VECTORS: &[Vector] = &[
         number_option(&socket, libc::IPPROTO_IPV6, IPV6_FREEBIND, 1)?;
         let source = [&target.v6().octets()[..], &[0; 4]].concat();
         let control = [(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &source[..])];
-        sys::send_message(&socket, Some(closed6().into()), &control)
+        sys::send_message(&socket, Some(&closed6().into()), &control)
     }),
     Vector::new("ICMPv6 echo reply to a source forged by IPV6_FREEBIND", |target| {
         let socket = socket(libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_ICMPV6)?;
@@ -50,8 +50,10 @@ pub const VECTORS: &[Vector] = &[
         send_to(&socket, DATA, 0, SocketAddr::new(NEAR4.into(), CLOSED_PORT))
     })
     .root_only(),
-    Vector::new("ICMP error to a source forged by a raw socket", |target| raw(target, libc::IPPROTO_UDP, &closed_udp()))
-        .root_only(),
+    Vector::new("ICMP error to a source forged by a raw socket", |target| {
+        raw(target, libc::IPPROTO_UDP, &closed_udp())
+    })
+    .root_only(),
     Vector::new("ICMP echo reply to a source forged by a raw socket", |target| {
         raw(target, libc::IPPROTO_ICMP, &echo())
     })
@@ -142,7 +144,7 @@ fn heard(server: &std::os::fd::OwnedFd, target: SocketAddr) -> Outcome {
     send_to(server, DATA, 0, target)
 }
 
-fn raw_then_answer(target: &Target) -> Outcome {
+fn raw_then_answer(target: Target) -> Outcome {
     let server = datagram(own4())?;
     bind(&server, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), PORT))?;
     raw(target, libc::IPPROTO_UDP, &udp())?;
@@ -150,7 +152,7 @@ fn raw_then_answer(target: &Target) -> Outcome {
 }
 
 /// A packet to this host as if from the target. The kernel never answers from a loopback address of IPv4.
-fn raw(target: &Target, protocol: i32, payload: &[u8]) -> Outcome {
+fn raw(target: Target, protocol: i32, payload: &[u8]) -> Outcome {
     let socket = socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
     let packet = ipv4(target.v4(), NEAR4, protocol, payload);
     send_to(&socket, &packet, 0, portless(NEAR4.into()))

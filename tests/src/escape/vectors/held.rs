@@ -14,7 +14,8 @@ use anyhow::{Context, Result};
 use crate::escape::{
     Outcome, Place, Rest, Step, Vector,
     sys::{
-        self, DATA, check, check_size, connect, datagram, established, fork, send, send_to, socket_pair, stream, syscall,
+        self, DATA, check, check_size, connect, datagram, established, fork, send, send_to, socket_pair, stream,
+        syscall,
     },
     target::{Target, at},
 };
@@ -52,7 +53,8 @@ pub const VECTORS: &[Vector] = &[
     Vector::prepared("made in another cgroup, TCP connect", Place::MovedIn, made_stream),
     Vector::prepared("made in another cgroup, UDP sendto", Place::MovedIn, made_datagram),
     Vector::prepared("passed by SCM_RIGHTS from another cgroup, UDP sendto", Place::MovedIn, passed),
-    Vector::prepared("taken by pidfd_getfd from another cgroup, UDP sendto", Place::MovedIn, taken).needs("pidfd_getfd"),
+    Vector::prepared("taken by pidfd_getfd from another cgroup, UDP sendto", Place::MovedIn, taken)
+        .needs("pidfd_getfd"),
     Vector::prepared("inherited across exec from another cgroup, UDP sendto", Place::MovedIn, inherited),
     Vector::prepared("made inside, used in another cgroup, TCP connect", Place::MovedOut, made_stream),
     Vector::prepared("made inside, used in another cgroup, UDP sendto", Place::MovedOut, made_datagram),
@@ -69,26 +71,26 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("by a child that moves itself to the root cgroup", moved_by_itself).root_only(),
 ];
 
-fn dial(target: &Target) -> Outcome {
+fn dial(target: Target) -> Outcome {
     connect(&stream(at(target.v4()))?, at(target.v4()))
 }
 
-fn send_one(target: &Target) -> Outcome {
+fn send_one(target: Target) -> Outcome {
     send_to(&datagram(at(target.v4()))?, DATA, 0, at(target.v4()))
 }
 
-fn made_stream(target: &Target) -> Outcome<Rest> {
+fn made_stream(target: Target) -> Outcome<Rest> {
     let (socket, to) = (stream(at(target.v4()))?, at(target.v4()));
     Ok(Box::new(move || connect(&socket, to)))
 }
 
-fn made_datagram(target: &Target) -> Outcome<Rest> {
+fn made_datagram(target: Target) -> Outcome<Rest> {
     let (socket, to) = (datagram(at(target.v4()))?, at(target.v4()));
     Ok(Box::new(move || send_to(&socket, DATA, 0, to)))
 }
 
 /// A TCP connection that stands.
-fn standing(target: &Target) -> Outcome<OwnedFd> {
+fn standing(target: Target) -> Outcome<OwnedFd> {
     let socket = stream(at(target.v4()))?;
     connect(&socket, at(target.v4()))?;
     established(&socket)?;
@@ -141,7 +143,7 @@ fn wait_forever() {
 }
 
 /// A process that stays in the other cgroup passes a socket on.
-fn passed(target: &Target) -> Outcome<Rest> {
+fn passed(target: Target) -> Outcome<Rest> {
     let ([mine, other], to) = (socket_pair()?, at(target.v4()));
     fork(|| {
         let passed = datagram(to).and_then(|socket| {
@@ -156,15 +158,15 @@ fn passed(target: &Target) -> Outcome<Rest> {
 }
 
 /// A process that stays in the other cgroup has a socket that is taken from it.
-fn taken(target: &Target) -> Outcome<Rest> {
+fn taken(target: Target) -> Outcome<Rest> {
     let (socket, to) = (datagram(at(target.v4()))?, at(target.v4()));
     let [mine, other] = socket_pair()?;
     let (number, pid) = (socket.as_raw_fd(), fork(wait_forever)?);
     // Only the other process has it from here on.
     drop((socket, mine, other));
     Ok(Box::new(move || {
-        let pidfd = syscall("pidfd_open", libc::SYS_pidfd_open, [unsigned(pid), 0, 0, 0, 0])?;
-        let fd = syscall("pidfd_getfd", libc::SYS_pidfd_getfd, [unsigned(pidfd), unsigned(number), 0, 0, 0])?;
+        let pidfd = syscall("pidfd_open", libc::SYS_pidfd_open, [unsigned(pid), 0, 0, 0])?;
+        let fd = syscall("pidfd_getfd", libc::SYS_pidfd_getfd, [unsigned(pidfd), unsigned(number), 0, 0])?;
         // SAFETY: the call succeeded, so `fd` is a new descriptor that nobody else owns.
         send_to(&unsafe { OwnedFd::from_raw_fd(fd) }, DATA, 0, to)
     }))
@@ -174,7 +176,7 @@ fn unsigned(number: i32) -> usize {
     usize::try_from(number).expect("ids and descriptors are not negative")
 }
 
-fn inherited(target: &Target) -> Outcome<Rest> {
+fn inherited(target: Target) -> Outcome<Rest> {
     let (socket, to) = (datagram(at(target.v4()))?, at(target.v4()));
     // SAFETY: no pointer is passed.
     check("fcntl", unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_SETFD, 0) })?;
@@ -198,14 +200,14 @@ pub fn use_inherited(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn unshared(namespace: i32, target: &Target) -> Outcome {
+fn unshared(namespace: i32, target: Target) -> Outcome {
     // SAFETY: this process has one thread, and no file descriptor table is unshared.
     check("unshare", unsafe { libc::unshare(namespace) })?;
     dial(target)
 }
 
 /// Who may write to the hierarchy of cgroups can leave.
-fn moved_by_itself(target: &Target) -> Outcome {
+fn moved_by_itself(target: Target) -> Outcome {
     let mount = egress_agent::cgroup::mount_point();
     let root = mount.map_err(|_| Step { call: "mountinfo", errno: libc::ENOENT })?;
     fs::write(root.join("cgroup.procs"), "0").map_err(|error| Step::new("write", &error))?;

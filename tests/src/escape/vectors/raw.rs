@@ -136,7 +136,7 @@ pub fn checksum(bytes: &[u8]) -> u16 {
 }
 
 /// An IPv6 packet without a header after its own.
-fn ipv6(target: &Target) -> Vec<u8> {
+fn ipv6(target: Target) -> Vec<u8> {
     let length = u16::try_from(DATA.len()).expect("it is short");
     let none = 59;
     let mut packet = vec![0x60, 0, 0, 0];
@@ -159,7 +159,7 @@ fn link_address() -> Outcome<Address> {
 }
 
 /// Sends frames to a hardware address; they carry the target's address as their contents.
-fn pppoe(target: &Target) -> Outcome {
+fn pppoe(target: Target) -> Outcome {
     const AF_PPPOX: u16 = 24;
     let socket = socket(AF_PPPOX.into(), libc::SOCK_STREAM, 0)?;
     let mut peer = AF_PPPOX.to_ne_bytes().to_vec();
@@ -173,7 +173,7 @@ fn pppoe(target: &Target) -> Outcome {
 }
 
 /// The host of a virtual machine is not seen by the far namespace: this tells only whether there is a transport.
-fn vsock(_: &Target) -> Outcome {
+fn vsock(_: Target) -> Outcome {
     const HOST: u32 = 2;
     let socket = socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0)?;
     let mut to = u16::try_from(libc::AF_VSOCK).expect("a family has 16 bits").to_ne_bytes().to_vec();
@@ -185,7 +185,7 @@ fn vsock(_: &Target) -> Outcome {
 }
 
 /// A socket of the kernel's own carries the call.
-fn rxrpc(target: &Target) -> Outcome {
+fn rxrpc(target: Target) -> Outcome {
     const SOL_RXRPC: i32 = 272;
     const RXRPC_USER_CALL_ID: i32 = 1;
     const SERVICE: u16 = 1;
@@ -199,13 +199,13 @@ fn rxrpc(target: &Target) -> Outcome {
     to.extend(&transport.0);
     to.resize(36, 0);
     let id = 1_u64.to_ne_bytes();
-    send_message(&socket, Some(Address(to)), &[(SOL_RXRPC, RXRPC_USER_CALL_ID, &id)])?;
+    send_message(&socket, Some(&Address(to)), &[(SOL_RXRPC, RXRPC_USER_CALL_ID, &id)])?;
     crate::escape::sys::settle();
     Ok(())
 }
 
 /// The kernel connects by itself, from no cgroup.
-fn rds(target: &Target) -> Outcome {
+fn rds(target: Target) -> Outcome {
     const SOL_RDS: i32 = 276;
     const SO_RDS_TRANSPORT: i32 = 8;
     const RDS_TRANS_TCP: i32 = 2;
@@ -218,7 +218,7 @@ fn rds(target: &Target) -> Outcome {
 }
 
 /// What an allowed address is sent goes to the remote of the tunnel, in a packet of the kernel's own.
-fn tunnel(target: &Target) -> Outcome {
+fn tunnel(target: Target) -> Outcome {
     let (id, failed) = (std::process::id(), |error: std::io::Error| Step::new("rtnetlink", &error));
     let name = format!("tunnel{id}");
     netlink::tunnel(&name, id, target.v4()).map_err(failed)?;

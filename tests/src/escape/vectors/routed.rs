@@ -64,13 +64,13 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("routing header 4 by IPV6_RTHDR after connect, UDP", |target| after6(target, SEGMENTS)),
     Vector::new("routing header 4 by IPV6_RTHDR, sendto", |target| aside6(target, SEGMENTS)),
     Vector::new("routing header 4 by IPV6_2292PKTOPTIONS", |target| by_packet_options(target, SEGMENTS))
-    .needs(ANCILLARY),
+        .needs(ANCILLARY),
     Vector::new("routing header 4 by ancillary IPV6_RTHDR", |target| by_message6(target, IPV6_RTHDR, SEGMENTS))
         .needs(ANCILLARY),
     Vector::new("routing header 4 by ancillary IPV6_2292RTHDR", |target| by_message6(target, IPV6_2292RTHDR, SEGMENTS))
         .needs(ANCILLARY),
     Vector::new("routing header 4 by ancillary IPV6_RTHDR, connected", |target| connected6(target, SEGMENTS))
-    .needs(ANCILLARY),
+        .needs(ANCILLARY),
     Vector::new("routing header 4 to ::1", |target| {
         let to = at(Ipv6Addr::LOCALHOST);
         let socket = datagram(to)?;
@@ -90,34 +90,34 @@ pub const VECTORS: &[Vector] = &[
 ];
 
 /// A source route with one stop. The packet goes there first; where it is said to go stands behind.
-fn route4(kind: u8, target: &Target) -> Vec<u8> {
+fn route4(kind: u8, target: Target) -> Vec<u8> {
     let no_operation = 1;
     [&[no_operation, kind, 7, 4][..], &target.v4().octets()].concat()
 }
 
-fn tcp4(target: &Target, kind: u8) -> Outcome {
+fn tcp4(target: Target, kind: u8) -> Outcome {
     with_route4(&stream(at(target.friend4()))?, target, kind)
 }
 
-fn udp4(target: &Target, kind: u8) -> Outcome {
+fn udp4(target: Target, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend4()))?;
     with_route4(&socket, target, kind)?;
     send(&socket, DATA, 0)
 }
 
-fn with_route4(socket: &OwnedFd, target: &Target, kind: u8) -> Outcome {
+fn with_route4(socket: &OwnedFd, target: Target, kind: u8) -> Outcome {
     option(socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(kind, target))?;
     connect(socket, at(target.friend4()))
 }
 
-fn by_message4(target: &Target, kind: u8) -> Outcome {
+fn by_message4(target: Target, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend4()))?;
     let control = [(libc::IPPROTO_IP, IP_RETOPTS, &route4(kind, target)[..])];
-    send_message(&socket, Some(at(target.friend4()).into()), &control)
+    send_message(&socket, Some(&at(target.friend4()).into()), &control)
 }
 
 /// A routing header whose first stop is the target.
-pub fn route6(kind: u8, target: &Target) -> Vec<u8> {
+pub fn route6(kind: u8, target: Target) -> Vec<u8> {
     let target = target.v6().octets();
     match kind {
         MOBILE => [&[0, 2, MOBILE, 1, 0, 0, 0, 0][..], &target].concat(),
@@ -126,49 +126,49 @@ pub fn route6(kind: u8, target: &Target) -> Vec<u8> {
     }
 }
 
-fn set_route6(socket: &OwnedFd, target: &Target, kind: u8) -> Outcome {
+fn set_route6(socket: &OwnedFd, target: Target, kind: u8) -> Outcome {
     option(socket, libc::IPPROTO_IPV6, IPV6_RTHDR, &route6(kind, target))
 }
 
-fn tcp6(target: &Target, kind: u8) -> Outcome {
+fn tcp6(target: Target, kind: u8) -> Outcome {
     let socket = stream(at(target.friend6()))?;
     set_route6(&socket, target, kind)?;
     connect(&socket, at(target.friend6()))
 }
 
-fn udp6(target: &Target, kind: u8) -> Outcome {
+fn udp6(target: Target, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend6()))?;
     set_route6(&socket, target, kind)?;
     connect(&socket, at(target.friend6()))?;
     send(&socket, DATA, 0)
 }
 
-fn after6(target: &Target, kind: u8) -> Outcome {
+fn after6(target: Target, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend6()))?;
     connect(&socket, at(target.friend6()))?;
     set_route6(&socket, target, kind)?;
     send(&socket, DATA, 0)
 }
 
-fn aside6(target: &Target, kind: u8) -> Outcome {
+fn aside6(target: Target, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend6()))?;
     set_route6(&socket, target, kind)?;
     send_to(&socket, DATA, 0, at(target.friend6()))
 }
 
-fn by_message6(target: &Target, name: i32, kind: u8) -> Outcome {
+fn by_message6(target: Target, name: i32, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend6()))?;
     let control = [(libc::IPPROTO_IPV6, name, &route6(kind, target)[..])];
-    send_message(&socket, Some(at(target.friend6()).into()), &control)
+    send_message(&socket, Some(&at(target.friend6()).into()), &control)
 }
 
-fn connected6(target: &Target, kind: u8) -> Outcome {
+fn connected6(target: Target, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend6()))?;
     connect(&socket, at(target.friend6()))?;
     send_message(&socket, None, &[(libc::IPPROTO_IPV6, IPV6_RTHDR, &route6(kind, target))])
 }
 
-fn by_packet_options(target: &Target, kind: u8) -> Outcome {
+fn by_packet_options(target: Target, kind: u8) -> Outcome {
     let socket = datagram(at(target.friend6()))?;
     let header = [(libc::IPPROTO_IPV6, IPV6_2292RTHDR, &route6(kind, target)[..])];
     option(&socket, libc::IPPROTO_IPV6, IPV6_2292PKTOPTIONS, &encode(&header))?;

@@ -32,7 +32,8 @@ pub const VECTORS: &[Vector] = &[
         .only_refused(),
     Vector::new("TCP connect to 0.0.0.0", |_| dial(at(Ipv4Addr::UNSPECIFIED))).stays_here(),
     Vector::new("TCP connect to ::", |_| dial(at(Ipv6Addr::UNSPECIFIED))).stays_here(),
-    Vector::new("TCP connect to 0.0.0.0 by SO_BINDTODEVICE", |_| from_interface(at(Ipv4Addr::UNSPECIFIED))).stays_here(),
+    Vector::new("TCP connect to 0.0.0.0 by SO_BINDTODEVICE", |_| from_interface(at(Ipv4Addr::UNSPECIFIED)))
+        .stays_here(),
     Vector::new("TCP connect to :: by SO_BINDTODEVICE", |_| from_interface(at(Ipv6Addr::UNSPECIFIED))).stays_here(),
     Vector::new("TCP Fast Open by sendto, IPv4", |target| fast_open(at(target.v4()))),
     Vector::new("TCP Fast Open by sendto, IPv6", |target| fast_open(at(target.v6()))),
@@ -58,7 +59,7 @@ fn dial(to: SocketAddr) -> Outcome {
     connect(&stream(to)?, to)
 }
 
-fn connect_again(target: &Target) -> Outcome {
+fn connect_again(target: Target) -> Outcome {
     let socket = stream(at(target.v4()))?;
     connect(&socket, at(target.friend4()))?;
     established(&socket)?;
@@ -66,7 +67,7 @@ fn connect_again(target: &Target) -> Outcome {
     connect(&socket, at(target.v4()))
 }
 
-fn connect_after_dissolving(target: &Target) -> Outcome {
+fn connect_after_dissolving(target: Target) -> Outcome {
     let socket = stream(at(target.v6()))?;
     connect(&socket, at(target.friend6()))?;
     established(&socket)?;
@@ -85,7 +86,7 @@ fn fast_open(to: SocketAddr) -> Outcome {
     send_to(&stream(to)?, DATA, libc::MSG_FASTOPEN, to)
 }
 
-fn fast_open_without_family(target: &Target) -> Outcome {
+fn fast_open_without_family(target: Target) -> Outcome {
     let socket = stream(at(target.v4()))?;
     let to = Address::from(at(target.v4()));
     // The kernel dissolves instead of connecting, then knows no peer: the second call is what could lead out.
@@ -105,7 +106,7 @@ fn lazy_fast_open(to: SocketAddr) -> Outcome {
 }
 
 /// A connection that is declared to stand sends without a handshake.
-fn repaired(target: &Target) -> Outcome {
+fn repaired(target: Target) -> Outcome {
     let to = at(target.v4());
     let socket = stream(to)?;
     number_option(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, 1)?;
@@ -123,13 +124,13 @@ fn multipath(to: SocketAddr) -> Outcome {
     connect(&mptcp(to)?, to)
 }
 
-fn multipath_fast_open(target: &Target) -> Outcome {
+fn multipath_fast_open(target: Target) -> Outcome {
     let to = at(target.v4());
     send_to(&mptcp(to)?, DATA, libc::MSG_FASTOPEN, to)
 }
 
 /// The kernel opens further connections by itself.
-fn subflow(target: &Target) -> Outcome {
+fn subflow(target: Target) -> Outcome {
     let to = at(target.friend4());
     let socket = mptcp(to)?;
     connect(&socket, to)?;
@@ -141,17 +142,17 @@ fn subflow(target: &Target) -> Outcome {
     Ok(())
 }
 
-fn other(domain: i32, protocol: i32, target: &Target) -> Outcome {
+fn other(domain: i32, protocol: i32, target: Target) -> Outcome {
     let socket = socket(domain, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, protocol)?;
     connect(&socket, at(target.v4()))
 }
 
-fn sctp_send(target: &Target) -> Outcome {
+fn sctp_send(target: Target) -> Outcome {
     let socket = socket(libc::AF_INET, libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK, libc::IPPROTO_SCTP)?;
     send_to(&socket, DATA, 0, at(target.v4()))
 }
 
-fn dccp(target: &Target) -> Outcome {
+fn dccp(target: Target) -> Outcome {
     const SOL_DCCP: i32 = 269;
     const DCCP_SOCKOPT_SERVICE: i32 = 2;
     let socket = socket(libc::AF_INET, libc::SOCK_DCCP | libc::SOCK_NONBLOCK, libc::IPPROTO_DCCP)?;

@@ -1,4 +1,4 @@
-//! Ways by io_uring, whose calls other threads make: its workers, or a thread of the kernel that polls.
+//! Ways by `io_uring`, whose calls other threads make: its workers, or a thread of the kernel that polls.
 
 use std::{
     net::SocketAddr,
@@ -41,8 +41,10 @@ pub const VECTORS: &[Vector] = &[
         .needs(NEEDS),
     Vector::new("io_uring sendmsg by a worker", |target| message(&mut plain()?, at(target.v4()), squeue::Flags::ASYNC))
         .needs(NEEDS),
-    Vector::new("io_uring sendmsg by SQPOLL", |target| message(&mut polled()?, at(target.v4()), squeue::Flags::empty()))
-        .needs(NEEDS),
+    Vector::new("io_uring sendmsg by SQPOLL", |target| {
+        message(&mut polled()?, at(target.v4()), squeue::Flags::empty())
+    })
+    .needs(NEEDS),
     Vector::new("io_uring sendmsg by SQPOLL, IPv6", |target| {
         message(&mut polled()?, at(target.v6()), squeue::Flags::ASYNC)
     })
@@ -111,7 +113,7 @@ fn message(ring: &mut IoUring, to: SocketAddr, flags: squeue::Flags) -> Outcome 
     submit(ring, "sendmsg", &entry).map(drop)
 }
 
-fn send_with_address(target: &Target) -> Outcome {
+fn send_with_address(target: Target) -> Outcome {
     let (socket, to) = (datagram(at(target.v4()))?, Address::from(at(target.v4())));
     let (length, to_length) = lengths(&to);
     let entry = opcode::Send::new(Fd(socket.as_raw_fd()), DATA.as_ptr(), length)
@@ -121,7 +123,7 @@ fn send_with_address(target: &Target) -> Outcome {
     submit(&mut plain()?, "send", &entry).map(drop)
 }
 
-fn zero_copy(target: &Target) -> Outcome {
+fn zero_copy(target: Target) -> Outcome {
     let (socket, to) = (datagram(at(target.v4()))?, Address::from(at(target.v4())));
     let (length, to_length) = lengths(&to);
     let entry = opcode::SendZc::new(Fd(socket.as_raw_fd()), DATA.as_ptr(), length)
@@ -131,7 +133,7 @@ fn zero_copy(target: &Target) -> Outcome {
     submit(&mut plain()?, "send", &entry).map(drop)
 }
 
-fn routing_header(target: &Target) -> Outcome {
+fn routing_header(target: Target) -> Outcome {
     let socket = datagram(at(target.friend6()))?;
     let header = route6(SEGMENTS, target);
     let length = u32::try_from(header.len()).expect("it is short");
