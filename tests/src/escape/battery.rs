@@ -158,11 +158,14 @@ impl Grounds {
 
     fn attempt(&mut self, attempt: &Attempt, prison: &Prison) -> Result<Seen> {
         let mut prisoner = self.start(attempt, prison)?;
-        let prepared = prisoner.prepared()?;
+        let mut prepared = prisoner.prepared()?;
         match attempt.vector.place {
             Place::MovedIn => prison.cgroup.take_process(prisoner.pid())?,
             Place::MovedOut => self.outside.take_process(prisoner.pid())?,
-            Place::Announced => self.yard.announce(attempt.target)?,
+            Place::Announced => {
+                let announced = self.yard.announce(attempt.target)?;
+                prepared = prepared.and(announced.map_err(|error| format!("announcing: ENOENT ({error})")));
+            }
             Place::Inside | Place::BeforeAttach | Place::Nested | Place::Threaded | Place::Elsewhere => (),
         }
         self.finish(attempt, prisoner, prepared)
@@ -215,12 +218,16 @@ fn judge_by_arrival(attempt: &Attempt, open: &Seen, closed: &Seen) -> Verdict {
         (true, false) => Verdict::Blocked(reason(closed)),
         (false, _) if lacks_privilege => Verdict::Unsupported(format!("needs root: {}", reason(open))),
         (false, _) => match vector.needs {
-            Some(feature) if open.outcome.is_err() => {
-                Verdict::Unsupported(format!("needs {feature}: {}", reason(open)))
-            }
+            Some(feature) if lacks(open) => Verdict::Unsupported(format!("needs {feature}: {}", reason(open))),
             _ => Verdict::Blind(reason(open)),
         },
     }
+}
+
+/// How a kernel says that it does not have something. Others, as that something is in use, are faults of the battery.
+fn lacks(seen: &Seen) -> bool {
+    let words = ["NOSUPPORT", "OPNOTSUPP", "NOPROTOOPT", "ENOSYS", "EINVAL", "ENODEV", "ENOENT", "EPERM"];
+    seen.outcome.as_ref().is_err_and(|how| words.iter().any(|word| how.contains(word)))
 }
 
 fn reason(seen: &Seen) -> String {

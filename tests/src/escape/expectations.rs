@@ -25,6 +25,7 @@ const OPEN_BEFORE: &str = "connections that were open when the filter was attach
 const CAPABLE: &str = "root in the workload with `CAP_SYS_ADMIN`, `CAP_BPF` or `CAP_NET_ADMIN`";
 const FORGED: &str = "answers of the kernel to a packet with a forged source";
 const REPORTS: &str = "reports of memberships in multicast groups";
+const KERNEL: &str = "the kernel's own sockets";
 const LOOPBACK: &str = "127.0.0.0/8 on a socket bound to another interface";
 
 /// The ways.
@@ -37,6 +38,8 @@ pub const DOCUMENTED: &[Documented] = &[
     known("ping socket, IPv4, connected", &[], SOCKETS, "sock_create"),
     known("ping socket", ANYBODY, SOCKETS, "sock_create"),
     known("packet socket", ROOT, SOCKETS, "lsm"),
+    known("XDP socket", ROOT, SOCKETS, "lsm"),
+    known("UDP-Lite connect and send", ANYBODY, SOCKETS, "sock_create"),
     known("LSRR", ROOT, ROUTES, "setsockopt, packet guard"),
     known("SSRR", ROOT, ROUTES, "setsockopt, packet guard"),
     known("routing header", ANYBODY, ROUTES, "setsockopt, packet guard"),
@@ -74,6 +77,9 @@ pub const DOCUMENTED: &[Documented] = &[
     known("made in another cgroup", ANYBODY, OUTSIDE, "lsm"),
     known("passed by SCM_RIGHTS", ANYBODY, OUTSIDE, "lsm"),
     known("taken by pidfd_getfd", ANYBODY, OUTSIDE, "lsm"),
+    known("vsock to a process", ANYBODY, SOCKETS, "lsm"),
+    known("PPPoE socket", ANYBODY, SOCKETS, "lsm"),
+    known("RDS", ANYBODY, KERNEL, "lsm"),
     known("inherited across exec", ANYBODY, OUTSIDE, "lsm"),
     known("VXLAN tunnel", ROOT, CAPABLE, "none"),
     known("by a child that moves itself", ROOT, CAPABLE, "none"),
@@ -91,7 +97,7 @@ pub fn documented(vector: &str, who: Who) -> Option<&'static Documented> {
 
 /// Vectors that are closed by refusing the socket or the option, whatever the destination: there an allowed destination
 /// is refused, too.
-const CLOSED_AS_A_WHOLE: &[&str] = &["UDP-Lite", "ping socket, IPv4, connected"];
+const CLOSED_AS_A_WHOLE: &[&str] = &["UDP-Lite sendto", "ping socket, IPv4, connected"];
 
 /// Whether a vector is refused for allowed destinations, too.
 pub fn costs(vector: &str) -> bool {

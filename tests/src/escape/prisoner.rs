@@ -185,6 +185,8 @@ fn name_of(errno: i32) -> String {
         (libc::EPERM, "EPERM"),
         (libc::ENOENT, "ENOENT"),
         (libc::EAGAIN, "EAGAIN"),
+        (libc::EBUSY, "EBUSY"),
+        (libc::EEXIST, "EEXIST"),
         (libc::EACCES, "EACCES"),
         (libc::EINVAL, "EINVAL"),
         (libc::ENOSYS, "ENOSYS"),

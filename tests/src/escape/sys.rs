@@ -120,6 +120,14 @@ pub fn listen(socket: &OwnedFd) -> Outcome {
     check("listen", unsafe { libc::listen(socket.as_raw_fd(), 8) }).map(drop)
 }
 
+/// Takes the next connection.
+pub fn accept(socket: &OwnedFd) -> Outcome<OwnedFd> {
+    // SAFETY: no address is asked for.
+    let fd = check("accept", unsafe { libc::accept(socket.as_raw_fd(), ptr::null_mut(), ptr::null_mut()) })?;
+    // SAFETY: the call succeeded, so `fd` is a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Sends to where the socket is connected.
 pub fn send(socket: &OwnedFd, data: &[u8], flags: i32) -> Outcome {
     // SAFETY: the data lives through the call and is as long as said.
@@ -261,11 +269,6 @@ pub fn socket_pair() -> Outcome<[OwnedFd; 2]> {
 
 fn length(bytes: &[u8]) -> libc::socklen_t {
     libc::socklen_t::try_from(bytes.len()).expect("what is passed is short")
-}
-
-/// A pointer that is a number.
-pub fn address_of<T>(value: &T) -> usize {
-    ptr::from_ref(value).addr()
 }
 
 /// Receives a descriptor by a Unix socket.

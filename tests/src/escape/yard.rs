@@ -91,13 +91,10 @@ impl Yard {
         Ok(Self { near, elsewhere, far, sniffers, _listeners: listeners, _datagrams: datagrams })
     }
 
-    /// Has the far namespace tell its MPTCP peers of an address. Where the kernel cannot, nothing is told, which shows in
-    /// what arrives.
-    pub fn announce(&self, target: Target) -> Result<()> {
+    /// Has the far namespace tell its MPTCP peers of an address; what the kernel says if it cannot.
+    pub fn announce(&self, target: Target) -> Result<io::Result<()>> {
         let announce = || netlink::accept_announcements().and_then(|()| netlink::announce(target.v4().into()));
-        let _ = self.far.run(announce)?;
-        let _ = self.near.run(netlink::accept_announcements)?;
-        Ok(())
+        Ok(self.far.run(announce)?.and(self.near.run(netlink::accept_announcements)?))
     }
 
     /// Every frame that has arrived since the last time. What a process in the near namespace sent before the call is

@@ -1,12 +1,15 @@
 //! Ways over UDP.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
+    os::fd::OwnedFd,
+};
 
 use crate::escape::{
     Outcome, Vector,
     sys::{
-        Address, DATA, connect, datagram, near_index, number_option, option, send, send_message, send_to,
-        send_two_messages,
+        Address, DATA, connect, datagram, domain, near_index, number_option, option, send, send_message, send_to,
+        send_two_messages, socket,
     },
     target::{NETWORK4, PORT, Target, at},
     yard::NEAR,
@@ -144,6 +147,10 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("UDP to ::", |_| sent(at(Ipv6Addr::UNSPECIFIED))).stays_here(),
     Vector::new("UDP-Lite sendto, IPv4", |target| lite(at(target.v4()))).needs("UDP-Lite, which Linux 7 lacks"),
     Vector::new("UDP-Lite sendto, IPv6", |target| lite(at(target.v6()))).needs("UDP-Lite, which Linux 7 lacks"),
+    Vector::new("UDP-Lite connect and send, IPv4", |target| lite_connected(at(target.v4())))
+        .needs("UDP-Lite, which Linux 7 lacks"),
+    Vector::new("UDP-Lite connect and send, IPv6", |target| lite_connected(at(target.v6())))
+        .needs("UDP-Lite, which Linux 7 lacks"),
 ];
 
 fn connected(to: SocketAddr) -> Outcome {
@@ -230,8 +237,16 @@ fn broadcast(target: Target, to: Ipv4Addr) -> Outcome {
     send_to(&socket, &target.v4().octets(), 0, at(to))
 }
 
+fn lite_socket(to: SocketAddr) -> Outcome<OwnedFd> {
+    socket(domain(to), libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE)
+}
+
 fn lite(to: SocketAddr) -> Outcome {
-    let domain = crate::escape::sys::domain(to);
-    let socket = crate::escape::sys::socket(domain, libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE)?;
-    send_to(&socket, DATA, 0, to)
+    send_to(&lite_socket(to)?, DATA, 0, to)
+}
+
+fn lite_connected(to: SocketAddr) -> Outcome {
+    let socket = lite_socket(to)?;
+    connect(&socket, to)?;
+    send(&socket, DATA, 0)
 }

@@ -4,7 +4,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::escape::{
-    Outcome, Step, Vector,
+    Outcome, Place, Step, Vector,
     sys::{
         self, DATA, bind, connect, datagram, listen, near_index, number_option, option, send_to, settle, socket, stream,
     },
@@ -90,6 +90,14 @@ pub const VECTORS: &[Vector] = &[
         connect(&socket, own)
     })
     .root_only(),
+    Vector::prepared(
+        "ICMPv6 error to a source forged by IPV6_FREEBIND before the filter",
+        Place::BeforeAttach,
+        |target| {
+            let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+            Ok(Box::new(move || send_to(&socket, DATA, 0, closed6())))
+        },
+    ),
     Vector::new("IGMP report of a membership", |target| {
         let request = [target.group4().octets(), [0; 4], near_index()?.to_ne_bytes()].concat();
         report(at(target.group4()), libc::IPPROTO_IP, libc::IP_ADD_MEMBERSHIP, &request)

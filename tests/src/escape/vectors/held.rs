@@ -14,8 +14,8 @@ use anyhow::{Context, Result};
 use crate::escape::{
     Outcome, Place, Rest, Step, Vector,
     sys::{
-        self, DATA, check, check_size, connect, datagram, established, fork, send, send_to, socket_pair, stream,
-        syscall,
+        self, Address, DATA, bind, check, check_size, connect, datagram, established, fork, send, send_to, socket_pair,
+        stream, syscall,
     },
     target::{Target, at},
 };
@@ -56,6 +56,8 @@ pub const VECTORS: &[Vector] = &[
     Vector::prepared("taken by pidfd_getfd from another cgroup, UDP sendto", Place::MovedIn, taken)
         .needs("pidfd_getfd"),
     Vector::prepared("inherited across exec from another cgroup, UDP sendto", Place::MovedIn, inherited),
+    Vector::prepared("vsock to a process in another cgroup that sends for it", Place::MovedIn, by_vsock)
+        .needs("the module vsock_loopback"),
     Vector::prepared("made inside, used in another cgroup, TCP connect", Place::MovedOut, made_stream),
     Vector::prepared("made inside, used in another cgroup, UDP sendto", Place::MovedOut, made_datagram),
     Vector::new("in a cgroup below with a program of its own, TCP connect", dial).placed(Place::Nested),
@@ -198,6 +200,39 @@ pub fn use_inherited(arguments: &[String]) -> Result<()> {
         std::process::exit(step.errno);
     }
     Ok(())
+}
+
+/// Without this module the address of this machine is that of its hypervisor, which is not to be spoken to.
+const LOOPBACK_OF_VSOCK: &str = "/sys/module/vsock_loopback";
+
+/// Whoever listens outside does what it is told. The frames themselves cannot be seen by the far namespace.
+fn by_vsock(target: Target) -> Outcome<Rest> {
+    fs::metadata(LOOPBACK_OF_VSOCK).map_err(|error| Step::new("stat", &error))?;
+    let listener = sys::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0)?;
+    bind(&listener, vsock_address(target, u32::MAX))?;
+    sys::listen(&listener)?;
+    fork(|| {
+        if let Ok(peer) = sys::accept(&listener) {
+            // A failure shows: nothing arrives.
+            let _ = send_one(target).and_then(|()| send(&peer, DATA, 0));
+            wait_forever();
+        }
+    })?;
+    Ok(Box::new(move || {
+        let socket = sys::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0)?;
+        connect(&socket, vsock_address(target, 1))?;
+        sys::receive(&socket)
+    }))
+}
+
+/// A `struct sockaddr_vm` with a port for each attempt.
+fn vsock_address(target: Target, host: u32) -> Address {
+    let mut bytes = u16::try_from(libc::AF_VSOCK).expect("a family has 16 bits").to_ne_bytes().to_vec();
+    bytes.extend([0; 2]);
+    bytes.extend((0x1_0000 + u32::from(target.number())).to_ne_bytes());
+    bytes.extend(host.to_ne_bytes());
+    bytes.resize(16, 0);
+    Address(bytes)
 }
 
 fn unshared(namespace: i32, target: Target) -> Outcome {

@@ -78,7 +78,6 @@ pub const VECTORS: &[Vector] = &[
     })
     .needs("CONFIG_L2TP_IP"),
     Vector::new("PPPoE socket", pppoe).needs("CONFIG_PPPOE"),
-    Vector::new("vsock connect", vsock).needs("a host of this virtual machine that listens").only_refused(),
     Vector::new("RxRPC call", rxrpc).needs("CONFIG_AF_RXRPC"),
     Vector::new("RDS datagram", rds).needs("CONFIG_RDS_TCP"),
     Vector::new("VXLAN tunnel whose remote is the target", tunnel).root_only().needs("CONFIG_VXLAN"),
@@ -170,18 +169,6 @@ fn pppoe(target: Target) -> Outcome {
     peer.resize(30, 0);
     connect(&socket, Address(peer))?;
     send(&socket, &target.v4().octets(), 0)
-}
-
-/// The host of a virtual machine is not seen by the far namespace: this tells only whether there is a transport.
-fn vsock(_: Target) -> Outcome {
-    const HOST: u32 = 2;
-    let socket = socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0)?;
-    let mut to = u16::try_from(libc::AF_VSOCK).expect("a family has 16 bits").to_ne_bytes().to_vec();
-    to.extend([0; 2]);
-    to.extend(u32::from(PORT).to_ne_bytes());
-    to.extend(HOST.to_ne_bytes());
-    to.resize(16, 0);
-    connect(&socket, Address(to))
 }
 
 /// A socket of the kernel's own carries the call.

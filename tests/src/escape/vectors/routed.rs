@@ -6,8 +6,8 @@ use std::{
 };
 
 use crate::escape::{
-    Outcome, Vector,
-    sys::{DATA, connect, datagram, encode, option, send, send_message, send_to, stream},
+    Outcome, Place, Vector,
+    sys::{Address, DATA, connect, datagram, encode, number_option, option, send, send_message, send_to, stream},
     target::{Target, at},
 };
 
@@ -87,6 +87,18 @@ pub const VECTORS: &[Vector] = &[
         .needs(MOBILITY),
     Vector::new("routing header 2 by ancillary IPV6_RTHDR", |target| by_message6(target, IPV6_RTHDR, MOBILE))
         .needs(MOBILITY),
+    Vector::new("routing header 2 by IPV6_FLOWLABEL_MGR", by_flow_label).needs(MOBILITY),
+    Vector::prepared("routing header 4 set before the filter, UDP sendto", Place::BeforeAttach, |target| {
+        let socket = datagram(at(target.friend6()))?;
+        set_route6(&socket, target, SEGMENTS)?;
+        Ok(Box::new(move || send_to(&socket, DATA, 0, at(target.friend6()))))
+    }),
+    Vector::prepared("LSRR set before the filter, UDP sendto", Place::BeforeAttach, |target| {
+        let socket = datagram(at(target.friend4()))?;
+        option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
+        Ok(Box::new(move || send_to(&socket, DATA, 0, at(target.friend4()))))
+    })
+    .root_only(),
 ];
 
 /// A source route with one stop. The packet goes there first; where it is said to go stands behind.
@@ -173,4 +185,23 @@ fn by_packet_options(target: Target, kind: u8) -> Outcome {
     let header = [(libc::IPPROTO_IPV6, IPV6_2292RTHDR, &route6(kind, target)[..])];
     option(&socket, libc::IPPROTO_IPV6, IPV6_2292PKTOPTIONS, &encode(&header))?;
     send_to(&socket, DATA, 0, at(target.friend6()))
+}
+
+/// A flow label carries options for the packets that carry the label.
+fn by_flow_label(target: Target) -> Outcome {
+    const IPV6_FLOWLABEL_MGR: i32 = 32;
+    const IPV6_FLOWINFO_SEND: i32 = 33;
+    const EXCLUSIVE: u8 = 1;
+    let label = u32::from(target.number()).to_be_bytes();
+    // A `struct in6_flowlabel_req` that gets the label, creating it.
+    let mut request = [&target.friend6().octets()[..], &label, &[0, EXCLUSIVE]].concat();
+    request.extend(1_u16.to_ne_bytes());
+    request.resize(32, 0);
+    request.extend(encode(&[(libc::IPPROTO_IPV6, IPV6_2292RTHDR, &route6(MOBILE, target))]));
+    let socket = datagram(at(target.friend6()))?;
+    option(&socket, libc::IPPROTO_IPV6, IPV6_FLOWLABEL_MGR, &request)?;
+    number_option(&socket, libc::IPPROTO_IPV6, IPV6_FLOWINFO_SEND, 1)?;
+    let mut to = Address::from(at(target.friend6()));
+    to.0[4..8].copy_from_slice(&label);
+    send_to(&socket, DATA, 0, to)
 }
