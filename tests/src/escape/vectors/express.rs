@@ -32,7 +32,7 @@ fn send(target: Target) -> Outcome {
     let frames = map(-1, FRAMES * PAGE, 0)?;
     let frame = [&[2; 12][..], &[8, 0], &ipv4(NEAR4, target.v4(), libc::IPPROTO_UDP, &udp())].concat();
     // SAFETY: the mapping is longer than the frame, and nobody else uses it yet.
-    unsafe { frames.copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
+    unsafe { frames.cast::<u8>().copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
     option(&socket, SOL_XDP, XDP_UMEM_REG, &registration(frames))?;
     for ring in [XDP_UMEM_FILL_RING, XDP_UMEM_COMPLETION_RING, XDP_TX_RING] {
         option(&socket, SOL_XDP, ring, &DESCRIPTORS.to_ne_bytes())?;
@@ -58,7 +58,7 @@ fn bind_when_free(socket: &OwnedFd) -> Outcome {
 }
 
 /// A `struct xdp_umem_reg`.
-fn registration(frames: *mut u8) -> Vec<u8> {
+fn registration(frames: *mut libc::c_void) -> Vec<u8> {
     let [length, page] = [FRAMES * PAGE, PAGE].map(|size| u32::try_from(size).expect("it is small"));
     let mut bytes = (frames.addr() as u64).to_ne_bytes().to_vec();
     bytes.extend(u64::from(length).to_ne_bytes());
@@ -75,9 +75,9 @@ fn queue(socket: &OwnedFd, length: u32) -> Outcome {
     // SAFETY: the kernel told where in the mapping these are; both are aligned, and the kernel reads them after the
     // producer's count was raised.
     unsafe {
-        ring.add(descriptors).cast::<u64>().write_volatile(0);
-        ring.add(descriptors + 8).cast::<u32>().write_volatile(length);
-        ring.add(producer).cast::<u32>().write_volatile(1);
+        ring.byte_add(descriptors).cast::<u64>().write_volatile(0);
+        ring.byte_add(descriptors + 8).cast::<u32>().write_volatile(length);
+        ring.byte_add(producer).cast::<u32>().write_volatile(1);
     }
     Ok(())
 }
@@ -101,7 +101,7 @@ fn offsets(socket: &OwnedFd) -> Outcome<Offsets> {
 }
 
 /// Memory that is shared with the kernel: of a descriptor, or of nobody. It ends with the process.
-fn map(fd: i32, length: usize, offset: i64) -> Outcome<*mut u8> {
+fn map(fd: i32, length: usize, offset: i64) -> Outcome<*mut libc::c_void> {
     let anonymous = if fd < 0 { libc::MAP_ANONYMOUS } else { 0 };
     let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_POPULATE | anonymous);
     // SAFETY: the kernel chooses the address, so no memory that is in use is replaced.
@@ -109,7 +109,7 @@ fn map(fd: i32, length: usize, offset: i64) -> Outcome<*mut u8> {
     if memory == libc::MAP_FAILED {
         return Err(Step::new("mmap", &std::io::Error::last_os_error()));
     }
-    Ok(memory.cast())
+    Ok(memory)
 }
 
 /// A `struct sockaddr_xdp` of the first queue of the interface to the far namespace.
