@@ -8,7 +8,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{compile::NodeAction, policy::L4, scopes::UnknownWorkloads, settings::CONFIG};
+use crate::{compile::NodeAction, dataplane::PacketGuard, policy::L4, scopes::UnknownWorkloads, settings::CONFIG};
 
 /// Where rules are pinned by default.
 const PIN_DIRECTORY: &str = "/sys/fs/bpf/egress";
@@ -111,6 +111,9 @@ pub struct RunArgs {
     /// What becomes of a cgroup that is not placed yet, where policies select cgroups around it.
     #[arg(long, value_name = "ACTION", env = "EGRESS_UNKNOWN_WORKLOADS", default_value = "Deny", ignore_case = true)]
     pub unknown_workloads: UnknownWorkloads,
+    /// Look at each packet, too: for source routes, IPv6 routing headers and loopback addresses that leave the host.
+    #[arg(long, value_name = "On|Off", env = "EGRESS_PACKET_GUARD", default_value = "On", ignore_case = true)]
+    pub packet_guard: PacketGuard,
     /// Most kernel memory that rules may take; a policy that needs more is refused.
     #[arg(long, value_name = "MB", env = "EGRESS_MEMORY_LIMIT", default_value_t = 1024)]
     pub memory_limit: u64,

@@ -165,7 +165,8 @@ pub(crate) fn assemble(enforcing: &Combined, with_audit: Option<&Combined>) -> R
         names.iter().enumerate().map(|(index, &name)| (name, rule_id(index))).collect();
     let table = |combined: &Combined| {
         let ids: Vec<RuleId> = combined.statements.iter().map(|statement| ids[&statement.name]).collect();
-        flatten::flatten(&combined.statements, &ids, combined.default)
+        let table = flatten::flatten(&combined.statements, &ids, combined.default)?;
+        Ok(table.with_settings(combined.settings))
     };
     Ok(Ruleset {
         enforcing: table(enforcing)?,

@@ -6,41 +6,53 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    io,
-    path::Path,
+    os::fd::{AsFd as _, OwnedFd},
     time::SystemTime,
 };
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, ArrayOfMaps, HashMap as KernelHash, Map, MapData, MapError, RingBuf},
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, links::FdLink},
+    programs::ProgramType,
+    sys::{BpfHelper, is_helper_supported},
 };
-use egress_common::{Counter, Hook, Meta, Placement, RuleId, Scope, UserKey, map};
+use egress_common::{Counter, Meta, Placement, Refusal, RuleId, Scope, Settings, UserKey, View, map};
 use zerocopy::transmute;
 
-use crate::{cgroup::Cgroup, pins::PinSet, privileges, scopes::Layout};
+use crate::{
+    cgroup::Cgroup,
+    pins::{self, PinSet},
+    privileges,
+    ruleset::Table,
+    scopes::Layout,
+};
 
 mod contents;
 mod error;
 mod ids;
 pub mod pinned;
 mod plan;
+mod programs;
 mod slots;
 mod sys;
 
 use contents::{NO_PREALLOC, patiently};
 pub use error::DataplaneError;
+use error::is_eperm;
 use ids::RuleIds;
 pub use ids::RuleNames;
 pub use plan::Change;
 use plan::{Live, Step, plan, room};
+use programs::Hooks;
+pub use programs::PacketGuard;
 use slots::Slots;
 
 /// What `WORKLOADS` points to, in bytes: cgroup id → [`Placement`].
 type Placements = KernelHash<MapData, u64, [u8; 8]>;
 /// The `USERS` map, in bytes: [`UserKey`] → number of a [`Scope`].
 type Users = KernelHash<MapData, [u8; 8], u32>;
+/// The `VIEWS` map, in bytes: view → [`Settings`].
+type Views = Array<MapData, [u8; 8]>;
 
 /// Bytes of kernel memory that a prefix and a port range take, as measured.
 const PREFIX_BYTES: u64 = 128;
@@ -49,14 +61,16 @@ const SEGMENT_BYTES: u64 = 12;
 /// Programs and maps in the kernel. What is not pinned is gone when dropped.
 pub struct Dataplane {
     ebpf: Ebpf,
+    hooks: Hooks,
     pins: PinSet,
     /// Where the file system with the pins is gone, the links end with the agent.
-    unpinned: Vec<FdLink>,
+    unpinned: Vec<OwnedFd>,
     workloads: ArrayOfMaps<MapData, Placements>,
     /// What it points to.
     placements: Option<Placements>,
     users: Users,
     slots: Slots,
+    views: Views,
     meta: Array<MapData, [u8; size_of::<Meta>()]>,
     written: Meta,
     live: Live,
@@ -68,6 +82,7 @@ pub struct Dataplane {
     ids_of: HashMap<Scope, Vec<RuleId>>,
     rules: RuleIds,
     memory_limit: u64,
+    can_set_retval: bool,
 }
 
 /// What a policy became in the kernel.
@@ -112,16 +127,25 @@ pub(crate) fn kernel_version(release: &str) -> Option<(u32, u32)> {
 
 impl Dataplane {
     /// Loads the programs and creates the maps, pinned in a new set. Nothing is attached, and no policy is in force.
-    pub fn prepare(object: &[u8], log: KernelLog, mut pins: PinSet, memory_limit: u64) -> Result<Self, DataplaneError> {
+    pub fn prepare(
+        object: &[u8],
+        log: KernelLog,
+        guard: PacketGuard,
+        mut pins: PinSet,
+        memory_limit: u64,
+    ) -> Result<Self, DataplaneError> {
         let level: u8 = match log {
             KernelLog::Off => 0,
             KernelLog::Debug => aya_log::Level::Debug as u8,
         };
-        let mut ebpf =
-            EbpfLoader::new().override_global(aya_log::LEVEL, &level, false).load(object).map_err(load_error)?;
-        for hook in hooks() {
-            program(&mut ebpf, hook)?.load().map_err(|cause| program_error(hook, cause))?;
-        }
+        let can_set_retval =
+            is_helper_supported(ProgramType::CgroupSock, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
+        let mut ebpf = EbpfLoader::new()
+            .override_global(aya_log::LEVEL, &level, false)
+            .override_global("CAN_SET_RETVAL", &u8::from(can_set_retval), true)
+            .load(object)
+            .map_err(load_error)?;
+        let hooks = Hooks::load(&mut ebpf, guard)?;
         for name in map::ALL {
             let map = ebpf.map(name).ok_or(DataplaneError::Missing { what: "map", name })?;
             pins.pin_map(name, map)?;
@@ -131,17 +155,20 @@ impl Dataplane {
             placements: None,
             users: take(&mut ebpf, map::USERS)?,
             slots: Slots::open(&pins)?,
+            views: take(&mut ebpf, map::VIEWS)?,
             meta: take(&mut ebpf, map::META)?,
             ebpf,
             pins,
             unpinned: Vec::new(),
-            written: Meta::new(std::process::id(), env!("CARGO_PKG_VERSION")),
+            written: Meta::new(std::process::id(), env!("CARGO_PKG_VERSION")).with_hooks(&hooks.loaded, &hooks.refused),
+            hooks,
             live: Live::default(),
             numbers: Vec::new(),
             left: Vec::new(),
             ids_of: HashMap::new(),
             rules: RuleIds::default(),
             memory_limit,
+            can_set_retval,
         })
     }
 
@@ -210,9 +237,19 @@ impl Dataplane {
             for (view, table) in ruleset.views(scope) {
                 filled.push(contents::fill(view, table, &ids)?);
             }
+            self.set(scope.enforcing(), Some(&ruleset.enforcing))?;
+            self.set(scope.with_audit(), ruleset.with_audit.as_ref())?;
             self.ids_of.insert(scope, ids);
         }
         self.slots.put(&filled)
+    }
+
+    /// Writes the settings of a view that nothing points to.
+    fn set(&mut self, view: View, table: Option<&Table>) -> Result<(), DataplaneError> {
+        let settings = table.map_or(Settings::ABSENT, Table::settings);
+        let settings = if self.can_set_retval { settings } else { settings.with_refusal(Refusal::Eperm) };
+        let bytes: [u8; 8] = transmute!(settings);
+        self.views.set(view.index(), bytes, 0).map_err(|cause| failed(map::VIEWS, "write", cause))
     }
 
     fn make(&mut self, step: &Step) -> Result<(), DataplaneError> {
@@ -284,19 +321,18 @@ impl Dataplane {
     /// of them fails.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
         let mut links = Vec::new();
-        for hook in hooks() {
-            let failed = |cause| attach_error(hook, &cgroup.path, cause);
-            let program = program(&mut self.ebpf, hook)?;
-            let link = program.attach(&cgroup.directory, CgroupAttachMode::Single).map_err(failed)?;
-            let link = program.take_link(link).map_err(failed)?;
-            links.push((hook, FdLink::try_from(link).map_err(|_| DataplaneError::NoLinks)?));
+        for &hook in &self.hooks.loaded {
+            links.push((hook.as_str(), programs::attach(&mut self.ebpf, hook, cgroup)?));
         }
         if !self.pins.is_there() {
             self.unpinned = links.into_iter().map(|(_, link)| link).collect();
             return Ok(());
         }
         // Links that are not pinned are undone when dropped.
-        links.into_iter().try_for_each(|(hook, link)| Ok(self.pins.pin_link(hook, link)?))
+        links.into_iter().try_for_each(|(hook, link)| {
+            let path = self.pins.room_for(hook)?;
+            Ok(sys::pin(link.as_fd(), &path).map_err(pins::failed("pin", &path))?)
+        })
     }
 
     /// The set is complete: it is found by whoever looks for one, and is not swept as half-made.
@@ -357,15 +393,6 @@ fn insert(placements: &mut Placements, contents: &BTreeMap<u64, Placement>) -> R
     })
 }
 
-fn hooks() -> impl Iterator<Item = &'static str> {
-    Hook::ALL.iter().map(|hook| hook.as_str())
-}
-
-fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut CgroupSockAddr, DataplaneError> {
-    let missing = DataplaneError::Missing { what: "program", name };
-    ebpf.program_mut(name).and_then(|program| program.try_into().ok()).ok_or(missing)
-}
-
 fn take<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, DataplaneError> {
     let map = ebpf.take_map(name).ok_or(DataplaneError::Missing { what: "map", name })?;
     M::try_from(map).map_err(|cause| failed(name, "open", cause))
@@ -373,27 +400,6 @@ fn take<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) 
 
 fn failed(name: &'static str, what: &'static str, cause: MapError) -> DataplaneError {
     DataplaneError::Map { name, what, cause }
-}
-
-/// Without `CAP_PERFMON`, it is the verifier that refuses, and says so in its log.
-fn program_error(hook: &'static str, cause: ProgramError) -> DataplaneError {
-    let lacks_privilege = is_eperm(&cause) || cause.to_string().contains("prohibited for !root");
-    if lacks_privilege { DataplaneError::Privilege } else { DataplaneError::Program { hook, cause } }
-}
-
-/// The kernel says `EPERM` where it would have to keep a program that wants to be alone from running.
-fn attach_error(hook: &'static str, cgroup: &Path, cause: ProgramError) -> DataplaneError {
-    let cgroup = cgroup.to_owned();
-    if is_eperm(&cause) {
-        DataplaneError::NoRoom { hook, cgroup }
-    } else {
-        DataplaneError::Attach { hook, cgroup, cause }
-    }
-}
-
-fn is_eperm(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut chain = std::iter::successors(Some(error), |error| error.source());
-    chain.any(|error| error.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error() == Some(libc::EPERM)))
 }
 
 fn load_error(error: EbpfError) -> DataplaneError {

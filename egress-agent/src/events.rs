@@ -5,14 +5,14 @@
 use std::{
     collections::HashMap,
     fmt, fs,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, SystemTime},
 };
 
-use egress_common::{Event, Protocol, Verdict};
+use egress_common::{Decision, Event, Hook, Protocol, SocketKind, Verdict};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
@@ -35,7 +35,7 @@ pub struct Connection {
     pub reason: &'static str,
     /// The rule that decided; null if none did.
     pub rule: Option<RuleName>,
-    /// `TCP`, `UDP`, or the name or number of another IP protocol.
+    /// `TCP`, `UDP`, `RAW`, or the name or number of another IP protocol.
     pub protocol: String,
     /// The hook that saw it.
     pub hook: &'static str,
@@ -44,8 +44,9 @@ pub struct Connection {
     pub errno: Option<&'static str>,
     /// How many alike this line stands for.
     pub count: u64,
-    /// Where to.
-    pub destination: Destination,
+    /// Where to; absent where a socket was refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination: Option<Destination>,
     /// Who.
     pub process: Process,
     /// From which cgroup.
@@ -158,11 +159,15 @@ impl Enricher {
             verdict: decision.verdict.as_str(),
             reason: decision.reason.as_str(),
             rule: decision.rule.and_then(|rule| self.rules.get(rule)),
-            protocol: protocol_name(event.protocol()),
+            protocol: protocol_name(event.protocol(), event.socket().ok()?),
             hook: hook.as_str(),
-            errno: errno(decision.verdict),
+            errno: errno(decision),
             count: 1,
-            destination: Destination { address, port: event.port(), host: self.hosts.get(address) },
+            destination: has_destination(hook).then(|| Destination {
+                address,
+                port: event.port(),
+                host: self.hosts.get(address),
+            }),
             unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
             container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
             process: describe(&process, event.time(), self.sees_all),
@@ -182,15 +187,24 @@ fn is_initial_pid_namespace() -> bool {
     is_initial
 }
 
-const fn errno(verdict: Verdict) -> Option<&'static str> {
-    match verdict {
-        Verdict::Deny => Some("EPERM"),
+/// Whether what was refused had a destination.
+const fn has_destination(hook: Hook) -> bool {
+    match hook {
+        Hook::Connect4 | Hook::Connect6 | Hook::Sendmsg4 | Hook::Sendmsg6 | Hook::Egress => true,
+        Hook::SockCreate | Hook::Setsockopt | Hook::Recvmsg4 | Hook::Recvmsg6 => false,
+    }
+}
+
+const fn errno(decision: Decision) -> Option<&'static str> {
+    match decision.verdict {
+        Verdict::Deny => Some(decision.refusal.as_str()),
         Verdict::Allow | Verdict::WouldDeny => None,
     }
 }
 
-fn protocol_name(protocol: Protocol) -> String {
+fn protocol_name(protocol: Protocol, socket: SocketKind) -> String {
     match protocol {
+        _ if socket == SocketKind::Raw => socket.as_str().to_owned(),
         Protocol::Tcp => "TCP".to_owned(),
         Protocol::Udp => "UDP".to_owned(),
         Protocol::Other(1) => "ICMP".to_owned(),
@@ -275,10 +289,14 @@ impl Stat {
 /// One line for a person.
 impl fmt::Display for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let address = std::net::SocketAddr::new(self.destination.address, self.destination.port);
         let verdict = self.verdict.to_uppercase();
-        write!(f, "{} {verdict} {} {address} reason={}", self.time, self.protocol, self.reason)?;
-        if let Some(host) = &self.destination.host {
+        write!(f, "{} {verdict} {} ", self.time, self.protocol)?;
+        match &self.destination {
+            Some(destination) => write!(f, "{}", SocketAddr::new(destination.address, destination.port))?,
+            None => write!(f, "{}", self.hook)?,
+        }
+        write!(f, " reason={}", self.reason)?;
+        if let Some(host) = self.destination.as_ref().and_then(|destination| destination.host.as_ref()) {
             write!(f, " host={host}")?;
         }
         if let Some(rule) = &self.rule {

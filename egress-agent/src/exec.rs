@@ -24,7 +24,7 @@ use crate::{
     cgroup::{self, CgroupPaths},
     cli::{ExecArgs, LogLevel},
     compile::{Context, NodeDefault},
-    dataplane::{self, Dataplane, DataplaneError, KernelLog},
+    dataplane::{self, Dataplane, DataplaneError, KernelLog, PacketGuard},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
     explain::Explainer,
@@ -229,7 +229,8 @@ impl Behind<'_> {
         let hosts = HostNames::new(&names);
         let context = self.source.context(self.policy, names.clone());
         let workload = described(&target.cgroup.path, command);
-        let dataplane = Dataplane::prepare(self.object, self.log, scratch.pins().begin()?, MEMORY_LIMIT)?;
+        let dataplane =
+            Dataplane::prepare(self.object, self.log, PacketGuard::On, scratch.pins().begin()?, MEMORY_LIMIT)?;
         let selector = self.source.selector(self.policy, names);
         let (mut enforcement, _) = Enforcement::new(target, dataplane, selector)?;
         enforcement.attach()?;

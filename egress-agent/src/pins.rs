@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::{maps::Map, programs::links::FdLink};
+use aya::maps::Map;
 use rustix::{
     fs::{FlockOperation, flock, statfs},
     io::Errno,
@@ -249,12 +249,12 @@ impl PinSet {
         map.pin(&path).map_err(|cause| PinError::Pin { path, cause })
     }
 
-    /// Pins a link under the name of its hook, in place of one to a cgroup that is gone.
-    pub fn pin_link(&mut self, hook: &str, link: FdLink) -> Result<(), PinError> {
+    /// Where the link of a hook is pinned: under its name, in place of one to a cgroup that is gone.
+    pub fn room_for(&mut self, hook: &str) -> Result<PathBuf, PinError> {
         let path = self.path.join(hook);
         match fs::remove_file(&path) {
             Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(failed("remove the old pin", &path)(cause)),
-            _ => link.pin(&path).map(drop).map_err(|cause| PinError::Pin { path, cause }),
+            _ => Ok(path),
         }
     }
 

@@ -3,13 +3,13 @@
 //! | capability | for | without it |
 //! |---|---|---|
 //! | `CAP_BPF` | create programs, tries and arrays | no start, no reload |
-//! | `CAP_NET_ADMIN` | load programs that judge socket addresses | no start |
+//! | `CAP_NET_ADMIN` | load programs that judge socket addresses; attach the packet guard | no start, no guard on a cgroup that was made anew |
 //! | `CAP_PERFMON` | load programs that compute addresses on their stack | no start |
 //! | `CAP_SYS_PTRACE` | read `/proc/PID/exe` of processes of other users, or with other capabilities | denials name no program |
 //!
 //! [`START`] is all of them, [`RUNNING`] what is needed once the programs are loaded: `CAP_BPF` for the maps of the next
-//! policy and `CAP_SYS_PTRACE`. To link a program of these kinds to a cgroup that was made anew, to fill and exchange maps
-//! that are open, and to add and remove pins takes none.
+//! policy, `CAP_NET_ADMIN` to attach the packet guard again, and `CAP_SYS_PTRACE`. To link other programs to a cgroup that
+//! was made anew, to fill and exchange maps that are open, and to add and remove pins takes none.
 //!
 //! What is not kept, and why: `CAP_SYS_ADMIN` only stands in for `CAP_BPF` before Linux 5.8. `CAP_DAC_OVERRIDE` and
 //! `CAP_DAC_READ_SEARCH` are not needed for files of root and the 0700 directory of pins, since the agent is their owner.
@@ -33,10 +33,10 @@ pub use rustix::thread::CapabilitySet;
 use crate::dataplane::kernel_version;
 
 /// What the agent needs to load its programs and attach them.
-pub const START: CapabilitySet = RUNNING.union(CapabilitySet::NET_ADMIN).union(CapabilitySet::PERFMON);
+pub const START: CapabilitySet = RUNNING.union(CapabilitySet::PERFMON);
 
 /// What it needs afterwards.
-pub const RUNNING: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::SYS_PTRACE);
+pub const RUNNING: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::NET_ADMIN).union(CapabilitySet::SYS_PTRACE);
 
 /// What it needs beside these to follow policy files of other users than root: to read them, and to notice that they are
 /// being written.

@@ -6,8 +6,8 @@
 use std::num::NonZeroU32;
 
 use egress_common::{
-    Address, Decision, Entries, Entry, Flow, Place, Protocol, RuleId, Rules, Scope, Segment, SegmentList, View, decide,
-    find_segment,
+    Action, Address, Decision, Entries, Entry, Flow, Place, Protocol, RuleId, Rules, Scope, Segment, SegmentList,
+    Settings, View, decide, find_segment,
 };
 use sha2::{Digest, Sha256};
 use zerocopy::IntoBytes;
@@ -86,6 +86,15 @@ impl Rules for Ruleset {
         let get = |index: u32| table.segments.get(usize::try_from(list.first + index).ok()?).copied();
         get(find_segment(list.count, protocol, port, get)?)
     }
+
+    fn settings(&self, view: View) -> Option<Settings> {
+        Some(self.table(view)?.settings)
+    }
+
+    /// A flow that is only asked about has no socket that could have heard anything.
+    fn is_reply(&self, _: &Flow) -> bool {
+        false
+    }
 }
 
 /// The same value, with its segments in another slot of the `SEGMENTS` map.
@@ -110,13 +119,25 @@ pub struct Table {
     /// The distinct values; segment lists are in slot 0.
     values: Vec<Entry>,
     segments: Vec<Segment>,
+    settings: Settings,
 }
 
 impl Table {
     /// From sorted prefixes with the roots among them, each with the index of its value.
-    pub(crate) fn new(contents: Vec<(Prefix, u32)>, values: Vec<Entry>, segments: Vec<Segment>) -> Self {
+    pub(crate) fn new(
+        contents: Vec<(Prefix, u32)>,
+        values: Vec<Entry>,
+        segments: Vec<Segment>,
+        default: Action,
+    ) -> Self {
         let (prefixes, value_of): (Vec<Prefix>, Vec<u32>) = contents.into_iter().unzip();
-        Self { parents: parents(&prefixes), prefixes, value_of, values, segments }
+        let settings = Settings::new(default);
+        Self { parents: parents(&prefixes), prefixes, value_of, values, segments, settings }
+    }
+
+    /// With what holds beside the rules.
+    pub(crate) fn with_settings(self, settings: Settings) -> Self {
+        Self { settings, ..self }
     }
 
     /// Every prefix with its value, sorted by address and then from short to long.
@@ -132,6 +153,11 @@ impl Table {
     /// What the segment lists of the values point to.
     pub fn segments(&self) -> &[Segment] {
         &self.segments
+    }
+
+    /// What holds beside the rules.
+    pub const fn settings(&self) -> Settings {
+        self.settings
     }
 
     /// The longest prefix that covers an address: the last that begins at or before it, or one around that.
@@ -153,6 +179,7 @@ impl Table {
         hasher.update((self.values.len() as u64).to_be_bytes());
         hasher.update(self.values.as_bytes());
         hasher.update(self.segments.as_bytes());
+        hasher.update(self.settings.as_bytes());
     }
 }
 

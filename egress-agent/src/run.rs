@@ -139,7 +139,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let pins = PinDirectory::claim(&args.pin_dir)?;
     exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
     let limit = args.memory_limit.saturating_mul(1_000_000);
-    let dataplane = Dataplane::prepare(object, kernel_log(log), pins.begin()?, limit)?;
+    let dataplane = Dataplane::prepare(object, kernel_log(log), args.packet_guard, pins.begin()?, limit)?;
     let wait = Duration::from_secs(args.resolve_wait);
     let (resolver, names) = Resolver::start(resolver_settings(args), policy.names.clone(), wait).await?;
     let hosts = HostNames::new(&names);
@@ -349,7 +349,7 @@ async fn follow(
             },
         }
         if let Some(again) = again {
-            let apply = apply_again(again, state, &mut resolver);
+            let apply = Box::pin(apply_again(again, state, &mut resolver));
             let Some(applied) = undisturbed(apply, &mut watchdog, signals).await else { return Ok(None) };
             let (returned, retry) = applied?;
             state = returned;

@@ -207,12 +207,18 @@ impl Status {
             .into_iter()
             .filter_map(|(hook, id)| Some((hook, path_of(id).unwrap_or_else(|| Some(id.to_string()))?)))
             .collect();
+        let meta = pinned::meta(set).ok();
+        let is_wanted = |hook: &&Hook| meta.is_none_or(|meta| meta.has_hook(**hook));
         let missing: Vec<&str> = Hook::ALL
             .iter()
+            .filter(is_wanted)
             .filter(|hook| attached.iter().all(|(found, _)| found != *hook))
             .map(|hook| hook.as_str())
             .collect();
         self.enforcing = missing.is_empty();
+        for hook in Hook::ALL.iter().filter(|&&hook| meta.is_some_and(|meta| meta.lacks_hook(hook))) {
+            self.degraded.push(format!("this kernel refuses the program {}: see docs/kernels.md", hook.as_str()));
+        }
         if !missing.is_empty() {
             self.degraded.push(format!("not attached: {}; its cgroup is gone, perhaps", missing.join(", ")));
         }

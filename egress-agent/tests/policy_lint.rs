@@ -37,6 +37,8 @@ fn every_lint_is_found_at_its_place() {
 #[test]
 fn policies_that_only_audit_are_worth_a_word() {
     assert_eq!(codes("mode: Audit"), [Code::AuditOnly]);
+    assert_eq!(codes("protocols: [RAW, ICMP]"), [Code::RawSockets]);
+    assert_eq!(codes("protocols: [ICMP]"), []);
     assert_eq!(codes("mode: Enforce"), []);
 }
 
@@ -70,15 +72,14 @@ fn rules_that_differ_in_ports_or_exceptions_are_not_redundant() {
 #[test]
 fn what_is_not_built_is_named() {
     let spec = "workloads: [{unit: a.service}, {user: 0}, {pod: {}}, {cgroup: a}], dns: {queries: Named}, \
-                protocols: [ICMP], existing: Terminate, refuseWith: ECONNREFUSED, \
-                replies: Allow";
+                existing: Terminate";
     let found = unsupported(&policy(spec).egress_policies[0]);
-    assert_eq!(found.len(), 6, "{found:#?}");
+    assert_eq!(found.len(), 3, "{found:#?}");
     assert!(
         found.iter().all(|finding| finding.code == Code::NotBuilt && finding.message.contains("not carry out yet"))
     );
-    let built = "workloads: [{unit: a.service}, {user: 0}, {cgroup: a}], mode: Audit, services: [], dns: {queries: Any, servers: None}, protocols: [], existing: Keep, \
-                 refuseWith: EPERM, loopback: None, defaultAction: Deny, replies: Deny";
+    let built = "workloads: [{unit: a.service}, {user: 0}, {cgroup: a}], mode: Audit, services: [], dns: {queries: Any, servers: None}, protocols: [ICMP, SCTP], existing: Keep, \
+                 refuseWith: ECONNREFUSED, loopback: None, defaultAction: Deny, replies: Deny";
     assert_eq!(unsupported(&policy(built).egress_policies[0]), []);
 }
 

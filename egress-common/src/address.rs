@@ -17,16 +17,31 @@ const NAT64: u32 = 0x0064_ff9b;
 pub struct Address([u32; 4]);
 
 impl Address {
+    /// `::`: no address.
+    pub const UNSPECIFIED: Self = Self([0; 4]);
+
     /// From the words of `bpf_sock_addr.user_ip6`, which are in network byte order.
     #[inline(always)]
     pub const fn from_network_words(words: [u32; 4]) -> Self {
         Self(words)
     }
 
+    /// From an IPv6 header.
+    #[inline(always)]
+    pub const fn from_network_bytes(bytes: [u8; 16]) -> Self {
+        Self(zerocopy::transmute!(bytes))
+    }
+
     /// From `bpf_sock_addr.user_ip4`, which is in network byte order.
     #[inline(always)]
     pub const fn from_network_v4(word: u32) -> Self {
         Self([0, 0, MAPPED.to_be(), word])
+    }
+
+    /// The words, in network byte order.
+    #[inline(always)]
+    pub const fn network_words(self) -> [u32; 4] {
+        self.0
     }
 
     /// The address whose rules judge this one: the IPv4 address inside a NAT64 address, else the address itself.
@@ -48,6 +63,13 @@ impl Address {
     pub const fn is_unspecified(self) -> bool {
         let [a, b, c, d] = self.0;
         a == 0 && b == 0 && d == 0 && (c == 0 || c == MAPPED.to_be())
+    }
+
+    /// `::1`.
+    #[inline(always)]
+    pub const fn is_loopback_v6(self) -> bool {
+        let [a, b, c, d] = self.0;
+        a == 0 && b == 0 && c == 0 && d == 1_u32.to_be()
     }
 
     /// The address, IPv4 where it is IPv4-mapped.

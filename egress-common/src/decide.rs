@@ -1,8 +1,8 @@
 //! The decision: one pure function for the kernel, for `explain`, and for tests.
 
 use crate::{
-    Action, Address, Decision, Entries, Entry, Flow, Place, Protocol, Reason, RuleId, Segment, SegmentList,
-    UnknownCode, Verdict, View,
+    Action, Address, Decision, Entries, Entry, Flow, Place, Protocol, Reason, Refusal, RuleId, Segment, SegmentList,
+    Settings, SocketKind, UnknownCode, Verdict, View,
 };
 
 /// Where the rules are kept: kernel maps, or the agent's own copy of them.
@@ -12,6 +12,12 @@ pub trait Rules {
 
     /// The segment of `list` that may contain a port: see [`find_segment`]. `None` if a segment cannot be read.
     fn segment(&self, list: SegmentList, protocol: Protocol, port: u16) -> Option<Segment>;
+
+    /// What holds for a view beside its rules; `None` if the view is not there.
+    fn settings(&self, view: View) -> Option<Settings>;
+
+    /// Whether the socket has heard from the destination of `flow` lately.
+    fn is_reply(&self, flow: &Flow) -> bool;
 }
 
 /// Judges a flow.
@@ -22,15 +28,56 @@ pub trait Rules {
 ///    reported.
 #[inline(always)]
 pub fn decide<R: Rules>(rules: &R, flow: &Flow) -> Decision {
-    let scope = match flow.place {
+    answer(rules, flow.place, Question::Destination(flow))
+}
+
+/// Judges whether a task may make a socket of a kind.
+#[inline(always)]
+pub fn decide_socket<R: Rules>(rules: &R, place: Place, kind: SocketKind) -> Decision {
+    answer(rules, place, Question::Socket(kind))
+}
+
+/// Judges what would send packets elsewhere than to a destination that rules judge, or under a forged source.
+#[inline(always)]
+pub fn decide_bypass<R: Rules>(rules: &R, place: Place) -> Decision {
+    answer(rules, place, Question::Bypass)
+}
+
+/// Whether it can make a difference to a task whom its sockets heard from.
+#[inline(always)]
+pub fn remembers_peers<R: Rules>(rules: &R, place: Place) -> bool {
+    let Place::Scope(scope) = place else { return false };
+    answers_peers(rules, scope.enforcing()) || answers_peers(rules, scope.with_audit())
+}
+
+#[inline(always)]
+fn answers_peers<R: Rules>(rules: &R, view: View) -> bool {
+    let Some(settings) = rules.settings(view) else { return false };
+    matches!((settings.default_action(), settings.replies()), (Ok(Action::Deny), Ok(Action::Allow)))
+}
+
+const ALLOWED: Decision = Decision::new(Verdict::Allow, Reason::NoRule);
+
+/// What a view is asked.
+#[derive(Clone, Copy)]
+enum Question<'a> {
+    Destination(&'a Flow),
+    Socket(SocketKind),
+    Bypass,
+}
+
+/// Asks the views of a place, one after the other.
+#[inline(always)]
+fn answer<R: Rules>(rules: &R, place: Place, question: Question<'_>) -> Decision {
+    let scope = match place {
         Place::Scope(scope) => scope,
         Place::Exempt => return Decision::EXEMPT,
         Place::Unknown => return Decision::UNKNOWN_WORKLOAD,
     };
-    let Some(enforced) = judge(rules, scope.enforcing(), flow) else { return Decision::FAULT };
+    let Some(enforced) = ask(rules, scope.enforcing(), question) else { return Decision::FAULT };
     match enforced.verdict {
         Verdict::Deny | Verdict::WouldDeny => enforced,
-        Verdict::Allow => match judge(rules, scope.with_audit(), flow) {
+        Verdict::Allow => match ask(rules, scope.with_audit(), question) {
             Some(audited) if audited.verdict == Verdict::Deny => Decision { verdict: Verdict::WouldDeny, ..audited },
             Some(_) | None => enforced,
         },
@@ -39,9 +86,55 @@ pub fn decide<R: Rules>(rules: &R, flow: &Flow) -> Decision {
 
 /// What one view says; `None` if the view is not there.
 #[inline(always)]
+fn ask<R: Rules>(rules: &R, view: View, question: Question<'_>) -> Option<Decision> {
+    match question {
+        Question::Destination(flow) => judge(rules, view, flow),
+        Question::Socket(kind) => {
+            let settings = rules.settings(view)?;
+            Some(if opens(&settings, kind) { ALLOWED } else { by_default(&settings, Reason::SocketKind) })
+        }
+        Question::Bypass => Some(by_default(&rules.settings(view)?, Reason::Bypass)),
+    }
+}
+
+/// Whether sockets of a kind may be made, whatever the default.
+#[inline(always)]
+const fn opens(settings: &Settings, kind: SocketKind) -> bool {
+    matches!(kind, SocketKind::Tcp | SocketKind::Udp) || settings.sockets().contains(kind)
+}
+
+#[inline(always)]
+fn by_default(settings: &Settings, reason: Reason) -> Decision {
+    match settings.default_action() {
+        Ok(default) => unmatched(default, reason),
+        Err(_) => Decision::FAULT,
+    }
+}
+
+/// What the rules of a view say; `None` if the view is not there.
+#[inline(always)]
 fn judge<R: Rules>(rules: &R, view: View, flow: &Flow) -> Option<Decision> {
     let entry = rules.entry(view, flow.address.judged())?;
-    Some(read(rules, &entry, flow).unwrap_or(Decision::FAULT))
+    let decision = read(rules, &entry, flow).unwrap_or(Decision::FAULT);
+    match decision.verdict {
+        Verdict::Allow | Verdict::WouldDeny => Some(decision),
+        Verdict::Deny => Some(match rules.settings(view) {
+            Some(settings) => reconsider(rules, &settings, flow, decision),
+            None => decision,
+        }),
+    }
+}
+
+/// What is refused for lack of a rule may be a reply, or a socket that needs none.
+#[inline(always)]
+fn reconsider<R: Rules>(rules: &R, settings: &Settings, flow: &Flow, refused: Decision) -> Decision {
+    match (refused.reason, flow.protocol) {
+        (Reason::NoRule, Protocol::Udp) if settings.replies() == Ok(Action::Allow) && rules.is_reply(flow) => {
+            Decision::new(Verdict::Allow, Reason::Reply)
+        }
+        (Reason::SocketKind, protocol) if opens(settings, SocketKind::of(protocol)) => ALLOWED,
+        _ => Decision { refusal: settings.refusal().unwrap_or(Refusal::Eperm), ..refused },
+    }
 }
 
 /// What one trie value says of a flow; an error if it cannot be understood.
@@ -75,12 +168,12 @@ fn in_segment(segment: &Segment, default: Action, flow: &Flow) -> Result<Decisio
 
 #[inline(always)]
 const fn matched(action: Action, rule: RuleId) -> Decision {
-    Decision { verdict: verdict(action), reason: Reason::Rule, rule: Some(rule) }
+    Decision { rule: Some(rule), ..Decision::new(verdict(action), Reason::Rule) }
 }
 
 #[inline(always)]
 const fn unmatched(default: Action, reason: Reason) -> Decision {
-    Decision { verdict: verdict(default), reason, rule: None }
+    Decision::new(verdict(default), reason)
 }
 
 #[inline(always)]
@@ -125,26 +218,46 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::Scope;
+    use crate::{Scope, SocketKinds};
 
     const RULE: RuleId = RuleId(NonZeroU32::new(1).unwrap());
     const SCOPE: Scope = Scope::new(7);
 
     /// Two views that answer every address alike.
+    #[derive(Default)]
     struct Fixed {
-        enforcing: Option<Entry>,
-        with_audit: Option<Entry>,
+        enforcing: Option<(Entry, Settings)>,
+        with_audit: Option<(Entry, Settings)>,
         segments: Vec<Segment>,
+        is_reply: bool,
+    }
+
+    impl Fixed {
+        fn view(&self, view: View) -> Option<(Entry, Settings)> {
+            if view == SCOPE.enforcing() { self.enforcing } else { self.with_audit }
+        }
+
+        fn enforcing(enforcing: (Entry, Settings)) -> Self {
+            Self { enforcing: Some(enforcing), ..Self::default() }
+        }
     }
 
     impl Rules for Fixed {
         fn entry(&self, view: View, _: Address) -> Option<Entry> {
-            if view == SCOPE.enforcing() { self.enforcing } else { self.with_audit }
+            self.view(view).map(|(entry, _)| entry)
         }
 
         fn segment(&self, list: SegmentList, protocol: Protocol, port: u16) -> Option<Segment> {
             let get = |index| self.segments.get((list.first + index) as usize).copied();
             get(find_segment(list.count, protocol, port, get)?)
+        }
+
+        fn settings(&self, view: View) -> Option<Settings> {
+            self.view(view).map(|(_, settings)| settings)
+        }
+
+        fn is_reply(&self, _: &Flow) -> bool {
+            self.is_reply
         }
     }
 
@@ -153,21 +266,31 @@ mod tests {
         Flow { place: Place::Scope(SCOPE), protocol, address, port }
     }
 
-    fn entry(action: Action) -> Entry {
-        Entry::new(Entries::None, action)
+    /// A view without rules.
+    fn view(action: Action) -> (Entry, Settings) {
+        (Entry::new(Entries::None, action), Settings::new(action))
     }
+
+    const DENY: Action = Action::Deny;
+    const ALLOW: Action = Action::Allow;
 
     #[test]
     fn without_a_view_everything_is_refused_as_a_fault() {
-        let rules = Fixed { enforcing: None, with_audit: Some(entry(Action::Allow)), segments: Vec::new() };
+        let rules = Fixed { with_audit: Some(view(ALLOW)), ..Fixed::default() };
         assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)), Decision::FAULT);
+        assert_eq!(decide_socket(&rules, Place::Scope(SCOPE), SocketKind::Raw), Decision::FAULT);
+        assert_eq!(decide_bypass(&rules, Place::Scope(SCOPE)), Decision::FAULT);
     }
 
     #[test]
     fn without_a_scope_no_rules_are_asked() {
-        let rules =
-            Fixed { enforcing: Some(entry(Action::Deny)), with_audit: Some(entry(Action::Deny)), segments: Vec::new() };
-        let at = |place| decide(&rules, &Flow { place, ..flow(Protocol::Tcp, 80) });
+        let rules = Fixed { with_audit: Some(view(DENY)), ..Fixed::enforcing(view(DENY)) };
+        let at = |place| {
+            let decision = decide(&rules, &Flow { place, ..flow(Protocol::Tcp, 80) });
+            assert_eq!(decide_socket(&rules, place, SocketKind::Tcp), decision);
+            assert_eq!(decide_bypass(&rules, place), decision);
+            decision
+        };
         assert_eq!(at(Place::Exempt).verdict, Verdict::Allow);
         let unknown = at(Place::Unknown);
         assert_eq!((unknown.verdict, unknown.reason), (Verdict::Deny, Reason::UnknownWorkload));
@@ -175,42 +298,85 @@ mod tests {
 
     #[test]
     fn audit_reports_and_never_refuses() {
-        let rules = Fixed {
-            enforcing: Some(entry(Action::Allow)),
-            with_audit: Some(entry(Action::Deny)),
-            segments: Vec::new(),
-        };
+        let rules = Fixed { with_audit: Some(view(DENY)), ..Fixed::enforcing(view(ALLOW)) };
         let decision = decide(&rules, &flow(Protocol::Tcp, 80));
         assert_eq!((decision.verdict, decision.reason), (Verdict::WouldDeny, Reason::NoRule));
+        let socket = decide_socket(&rules, Place::Scope(SCOPE), SocketKind::Sctp);
+        assert_eq!((socket.verdict, socket.reason), (Verdict::WouldDeny, Reason::SocketKind));
     }
 
     #[test]
     fn audit_never_opens_what_is_refused() {
-        let rules = Fixed {
-            enforcing: Some(entry(Action::Deny)),
-            with_audit: Some(entry(Action::Allow)),
-            segments: Vec::new(),
-        };
+        let rules = Fixed { with_audit: Some(view(ALLOW)), ..Fixed::enforcing(view(DENY)) };
         assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)).verdict, Verdict::Deny);
+        assert_eq!(decide_bypass(&rules, Place::Scope(SCOPE)).verdict, Verdict::Deny);
     }
 
     #[test]
     fn a_rule_for_every_port_does_not_open_other_protocols() {
-        let every_port = Entry::new(Entries::EveryPort(Action::Allow, RULE), Action::Deny);
-        let rules = Fixed { enforcing: Some(every_port), with_audit: None, segments: Vec::new() };
+        let every_port = Entry::new(Entries::EveryPort(ALLOW, RULE), DENY);
+        let rules = Fixed::enforcing((every_port, Settings::new(DENY)));
         assert_eq!(decide(&rules, &flow(Protocol::Udp, 0)).verdict, Verdict::Allow);
         let other = decide(&rules, &flow(Protocol::Other(132), 80));
         assert_eq!((other.verdict, other.reason), (Verdict::Deny, Reason::SocketKind));
     }
 
     #[test]
+    fn sockets_are_of_the_kinds_that_a_policy_names() {
+        let (entry, settings) = view(DENY);
+        let rules = Fixed::enforcing((entry, settings.with_sockets(SocketKinds::default().with(SocketKind::Icmp))));
+        for &kind in SocketKind::ALL {
+            let is_allowed = matches!(kind, SocketKind::Tcp | SocketKind::Udp | SocketKind::Icmp);
+            let decision = decide_socket(&rules, Place::Scope(SCOPE), kind);
+            assert_eq!(decision.verdict == Verdict::Allow, is_allowed, "{kind:?}");
+            assert_eq!(
+                decide_socket(&Fixed::enforcing(view(ALLOW)), Place::Scope(SCOPE), kind).verdict,
+                Verdict::Allow
+            );
+        }
+        // Such a socket may connect, wherever to: no rule can name it.
+        assert_eq!(decide(&rules, &flow(Protocol::Other(1), 0)).verdict, Verdict::Allow);
+        assert_eq!(decide(&rules, &flow(Protocol::Other(132), 80)).verdict, Verdict::Deny);
+    }
+
+    #[test]
+    fn a_reply_needs_no_rule() {
+        let answered =
+            |enforcing, protocol| decide(&Fixed { is_reply: true, ..Fixed::enforcing(enforcing) }, &flow(protocol, 9));
+        let reply = answered(view(DENY), Protocol::Udp);
+        assert_eq!((reply.verdict, reply.reason), (Verdict::Allow, Reason::Reply));
+        assert_eq!(answered(view(DENY), Protocol::Tcp).verdict, Verdict::Deny);
+        assert_eq!(decide(&Fixed::enforcing(view(DENY)), &flow(Protocol::Udp, 9)).verdict, Verdict::Deny);
+        let (entry, settings) = view(DENY);
+        assert_eq!(answered((entry, settings.with_replies(DENY)), Protocol::Udp).verdict, Verdict::Deny);
+        // A deny that matches wins.
+        let denied = Entry::new(Entries::EveryPort(DENY, RULE), DENY);
+        assert_eq!(answered((denied, settings), Protocol::Udp).reason, Reason::Rule);
+    }
+
+    #[test]
+    fn peers_are_remembered_where_they_can_make_a_difference() {
+        let place = Place::Scope(SCOPE);
+        let (entry, settings) = view(DENY);
+        assert!(remembers_peers(&Fixed::enforcing(view(DENY)), place));
+        assert!(!remembers_peers(&Fixed::enforcing(view(ALLOW)), place));
+        assert!(!remembers_peers(&Fixed::enforcing((entry, settings.with_replies(DENY))), place));
+        assert!(remembers_peers(&Fixed { with_audit: Some(view(DENY)), ..Fixed::enforcing(view(ALLOW)) }, place));
+        assert!(!remembers_peers(&Fixed::enforcing(view(DENY)), Place::Exempt));
+    }
+
+    #[test]
+    fn a_refusal_says_what_the_policy_asks_for() {
+        let (entry, settings) = view(DENY);
+        let rules = Fixed::enforcing((entry, settings.with_refusal(Refusal::Econnrefused)));
+        assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)).refusal, Refusal::Econnrefused);
+        assert_eq!(decide_socket(&rules, Place::Scope(SCOPE), SocketKind::Raw).refusal, Refusal::Eperm);
+    }
+
+    #[test]
     fn a_segment_that_cannot_be_read_is_a_fault() {
         let list = SegmentList { slot: 0, first: 0, count: 2 };
-        let rules = Fixed {
-            enforcing: Some(Entry::new(Entries::Segments(list), Action::Allow)),
-            with_audit: None,
-            segments: Vec::new(),
-        };
+        let rules = Fixed::enforcing((Entry::new(Entries::Segments(list), ALLOW), Settings::new(ALLOW)));
         assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)), Decision::FAULT);
     }
 

@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{Address, Decision, Flow, Hook, Protocol, Reason, RuleId, UnknownCode, Verdict};
+use crate::{Address, Decision, Flow, Hook, Protocol, Reason, RuleId, SocketKind, UnknownCode, Verdict};
 
 /// Length of a task's name, `TASK_COMM_LEN` of `linux/sched.h`, with its final zero.
 pub const COMM_LEN: usize = 16;
@@ -40,7 +40,9 @@ pub struct Event {
     hook: u8,
     verdict: u8,
     reason: u8,
-    reserved: [u8; 6],
+    refusal: u8,
+    socket: u8,
+    reserved: [u8; 4],
 }
 
 impl Event {
@@ -57,8 +59,17 @@ impl Event {
             hook: hook.code(),
             verdict: decision.verdict.code(),
             reason: decision.reason.code(),
-            reserved: [0; 6],
+            refusal: decision.refusal.code(),
+            socket: SocketKind::of(flow.protocol).code(),
+            reserved: [0; 4],
         }
+    }
+
+    /// The same of a socket that is of this kind.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_socket(self, kind: SocketKind) -> Self {
+        Self { socket: kind.code(), ..self }
     }
 
     /// The same without its rule, whose number means something only to the agent that gave it.
@@ -92,6 +103,11 @@ impl Event {
         Protocol::from_kernel(self.protocol as u32)
     }
 
+    /// The kind of its socket.
+    pub fn socket(&self) -> Result<SocketKind, UnknownCode> {
+        self.socket.try_into()
+    }
+
     /// The hook that saw it.
     pub fn hook(&self) -> Result<Hook, UnknownCode> {
         self.hook.try_into()
@@ -100,7 +116,7 @@ impl Event {
     /// What was decided, and why.
     pub fn decision(&self) -> Result<Decision, UnknownCode> {
         let (verdict, reason) = (Verdict::try_from(self.verdict)?, Reason::try_from(self.reason)?);
-        Ok(Decision { verdict, reason, rule: RuleId::from_field(self.rule) })
+        Ok(Decision { verdict, reason, rule: RuleId::from_field(self.rule), refusal: self.refusal.try_into()? })
     }
 }
 
@@ -112,14 +128,15 @@ mod tests {
     use core::{net::IpAddr, num::NonZeroU32};
 
     use super::*;
-    use crate::Place;
+    use crate::{Place, Refusal};
 
     fn event() -> Event {
         let process = Process { cgroup_id: 1, pid: 2, tid: 3, uid: 4, gid: 5, comm: *b"ratings\0\0\0\0\0\0\0\0\0" };
         let address = "2001:db8::5".parse::<IpAddr>().unwrap().into();
         let flow = Flow { place: Place::Unknown, protocol: Protocol::Udp, address, port: 3306 };
         let rule = Some(RuleId(NonZeroU32::new(9).unwrap()));
-        let decision = Decision { verdict: Verdict::WouldDeny, reason: Reason::Rule, rule };
+        let decision =
+            Decision { verdict: Verdict::WouldDeny, reason: Reason::Rule, rule, refusal: Refusal::Ehostunreach };
         Event::new(11, process, Hook::Sendmsg6, &flow, &decision)
     }
 
@@ -132,6 +149,8 @@ mod tests {
         let decision = event.decision().unwrap();
         assert_eq!((decision.verdict, decision.reason), (Verdict::WouldDeny, Reason::Rule));
         assert_eq!(decision.rule.map(|rule| rule.0.get()), Some(9));
+        assert_eq!((decision.refusal, event.socket()), (Refusal::Ehostunreach, Ok(SocketKind::Udp)));
+        assert_eq!(event.of_socket(SocketKind::Raw).socket(), Ok(SocketKind::Raw));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::{Address, Place, coded_enum};
 
 coded_enum! {
-    /// The kernel hook that saw a flow.
+    /// A kernel hook, and the name of its program.
     pub enum Hook {
         /// `cgroup/connect4`.
         Connect4 = 0 => "connect4",
@@ -13,6 +13,16 @@ coded_enum! {
         Sendmsg4 = 2 => "sendmsg4",
         /// `cgroup/sendmsg6`.
         Sendmsg6 = 3 => "sendmsg6",
+        /// `cgroup/sock_create`.
+        SockCreate = 4 => "sock_create",
+        /// `cgroup/setsockopt`.
+        Setsockopt = 5 => "setsockopt",
+        /// `cgroup/recvmsg4`: remembers, and judges nothing.
+        Recvmsg4 = 6 => "recvmsg4",
+        /// `cgroup/recvmsg6`: remembers, and judges nothing.
+        Recvmsg6 = 7 => "recvmsg6",
+        /// `cgroup_skb/egress`: the packet guard.
+        Egress = 8 => "egress",
     }
 }
 

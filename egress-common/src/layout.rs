@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{Hook, Reason, Verdict};
 
 /// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Most scopes at a time, those of a change that is being made included.
 pub const MAX_SCOPES: u32 = 4096;
@@ -23,6 +23,10 @@ pub mod map {
     pub const POLICY: &str = "POLICY";
     /// Array of arrays: slot → {index → [`crate::Segment`]}.
     pub const SEGMENTS: &str = "SEGMENTS";
+    /// Array: view → [`crate::Settings`].
+    pub const VIEWS: &str = "VIEWS";
+    /// Storage of sockets: [`crate::Peers`].
+    pub const PEERS: &str = "PEERS";
     /// Ring buffer of [`crate::Event`].
     pub const EVENTS: &str = "EVENTS";
     /// Per-CPU array of counters, by [`crate::Counter`].
@@ -31,13 +35,13 @@ pub mod map {
     pub const META: &str = "META";
 
     /// Every map.
-    pub const ALL: [&str; 7] = [WORKLOADS, USERS, POLICY, SEGMENTS, EVENTS, STATS, META];
+    pub const ALL: [&str; 9] = [WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, EVENTS, STATS, META];
 }
 
 /// Codes of verdicts, reasons and hooks are below these.
 const VERDICTS: u32 = 3;
-const REASONS: u32 = 8;
-const HOOKS: u32 = 4;
+const REASONS: u32 = 9;
+const HOOKS: u32 = 9;
 
 /// An element of the `STATS` map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +94,11 @@ pub struct Meta {
     agent_version: [u8; VERSION_LEN],
     /// One byte, so that no reader sees half of it.
     deepest: u8,
-    reserved: [u8; 7],
+    reserved: u8,
+    /// One bit for each hook, by its code.
+    hooks: u16,
+    refused: u16,
+    reserved_too: [u8; 2],
 }
 
 impl Meta {
@@ -108,7 +116,10 @@ impl Meta {
             policy_hash: [0; 32],
             agent_version: version,
             deepest: 0,
-            reserved: [0; 7],
+            reserved: 0,
+            hooks: 0,
+            refused: 0,
+            reserved_too: [0; 2],
         }
     }
 
@@ -116,6 +127,23 @@ impl Meta {
     #[must_use]
     pub const fn with_policy(self, generation: u64, policy_hash: [u8; 32], applied: u64) -> Self {
         Self { generation, applied, policy_hash, ..self }
+    }
+
+    /// With the hooks of the programs that are to be attached, and of those that the kernel refused.
+    #[must_use]
+    pub fn with_hooks(self, hooks: &[Hook], refused: &[Hook]) -> Self {
+        let bits = |hooks: &[Hook]| hooks.iter().fold(0, |bits, hook| bits | 1 << hook.code());
+        Self { hooks: bits(hooks), refused: bits(refused), ..self }
+    }
+
+    /// Whether a program is to be attached.
+    pub const fn has_hook(&self, hook: Hook) -> bool {
+        self.hooks & (1 << hook.code()) != 0
+    }
+
+    /// Whether the kernel refused a program.
+    pub const fn lacks_hook(&self, hook: Hook) -> bool {
+        self.refused & (1 << hook.code()) != 0
     }
 
     /// With another deepest level: see [`crate::Workloads::deepest`].
@@ -192,6 +220,9 @@ mod tests {
         assert_eq!((meta.abi(), meta.pid(), meta.generation()), (ABI_VERSION, 42, 7));
         assert_eq!((meta.agent_version(), meta.policy_hash()), ("1.2.3", &[9; 32]));
         assert_eq!((meta.applied(), meta.deepest()), (11, 3));
+        let meta = meta.with_hooks(&[Hook::Connect4, Hook::Egress], &[Hook::Setsockopt]);
+        assert!(meta.has_hook(Hook::Connect4) && meta.has_hook(Hook::Egress) && !meta.has_hook(Hook::Setsockopt));
+        assert!(meta.lacks_hook(Hook::Setsockopt) && !meta.lacks_hook(Hook::Egress));
         assert_eq!(Meta::new(1, &"é".repeat(40)).agent_version().len(), 32);
     }
 }

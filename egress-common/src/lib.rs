@@ -19,16 +19,24 @@ mod decide;
 mod event;
 mod flow;
 mod layout;
+mod packet;
+mod peers;
 mod rule;
+mod settings;
+mod socket;
 mod verdict;
 mod workload;
 
 pub use address::{Address, PrefixKey};
-pub use decide::{Rules, decide, find_segment};
+pub use decide::{Rules, decide, decide_bypass, decide_socket, find_segment, remembers_peers};
 pub use event::{COMM_LEN, Event, Process};
 pub use flow::{Flow, Hook, Protocol, Scope, View};
 pub use layout::{ABI_VERSION, Counter, MAX_SCOPES, MAX_USERS, Meta, map};
+pub use packet::{Packet, Way, way_v4, way_v6};
+pub use peers::{Peers, REPLY_SECONDS};
 pub use rule::{Action, Entries, Entry, RuleId, Segment, SegmentList};
+pub use settings::{Refusal, Settings};
+pub use socket::{SocketKind, SocketKinds};
 pub use verdict::{Decision, Reason, Verdict};
 pub use workload::{ELSEWHERE, MAX_LEVEL, Place, Placement, Seat, Task, UserKey, Workloads, place};
 

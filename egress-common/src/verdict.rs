@@ -1,6 +1,6 @@
 //! The answer to a question, and why it is the answer.
 
-use crate::{RuleId, coded_enum};
+use crate::{Refusal, RuleId, coded_enum};
 
 coded_enum! {
     /// What happens to a flow.
@@ -20,6 +20,8 @@ coded_enum! {
     pub enum Reason {
         /// A rule names the destination.
         Rule = 0 => "rule",
+        /// A datagram back to a peer that the socket has received from.
+        Reply = 2 => "reply",
         /// No rule names the destination; the default decided.
         NoRule = 3 => "no_rule",
         /// The agent has yet to place the cgroup.
@@ -28,6 +30,8 @@ coded_enum! {
         SocketKind = 5 => "socket_kind",
         /// The rules could not be read; see the failure table of the documentation.
         Fault = 7 => "fault",
+        /// Packets would go elsewhere than to the destination that rules judge, or claim to come from somebody else.
+        Bypass = 8 => "bypass",
     }
 }
 
@@ -41,15 +45,23 @@ pub struct Decision {
     pub reason: Reason,
     /// The rule that decided; `None` unless the reason is [`Reason::Rule`].
     pub rule: Option<RuleId>,
+    /// What the call returns if it is refused.
+    pub refusal: Refusal,
 }
 
 impl Decision {
     /// No rules apply to the task.
-    pub const EXEMPT: Self = Self { verdict: Verdict::Allow, reason: Reason::NoRule, rule: None };
+    pub const EXEMPT: Self = Self::new(Verdict::Allow, Reason::NoRule);
 
     /// It is not known which rules apply to the task: refused until the agent has placed its cgroup.
-    pub const UNKNOWN_WORKLOAD: Self = Self { verdict: Verdict::Deny, reason: Reason::UnknownWorkload, rule: None };
+    pub const UNKNOWN_WORKLOAD: Self = Self::new(Verdict::Deny, Reason::UnknownWorkload);
 
     /// The rules could not be read: refused, since a filter that cannot answer must not guess.
-    pub const FAULT: Self = Self { verdict: Verdict::Deny, reason: Reason::Fault, rule: None };
+    pub const FAULT: Self = Self::new(Verdict::Deny, Reason::Fault);
+
+    /// Without a rule; refused calls return `EPERM`.
+    #[inline(always)]
+    pub const fn new(verdict: Verdict, reason: Reason) -> Self {
+        Self { verdict, reason, rule: None, refusal: Refusal::Eperm }
+    }
 }

@@ -7,10 +7,11 @@ use aya_ebpf::{
         generated::bpf_ktime_get_boot_ns,
     },
     macros::btf_map,
+    programs::SkBuffContext,
 };
-use egress_common::{COMM_LEN, Counter, Decision, Event, Flow, Hook, Process};
+use egress_common::{COMM_LEN, Counter, Decision, Event, Flow, Hook, Process, SocketKind};
 
-use crate::stats;
+use crate::{stats, workloads};
 
 /// Bytes, a power of two; room for about 11,000 reports that the agent has not read yet.
 const CAPACITY: usize = 1 << 20;
@@ -18,15 +19,39 @@ const CAPACITY: usize = 1 << 20;
 #[btf_map]
 static EVENTS: RingBuf<Event, CAPACITY> = RingBuf::new();
 
-/// Writes one report; counts it as lost if there is no room.
+/// Reports what the current task was refused.
 #[inline(always)]
 pub(crate) fn report(hook: Hook, flow: &Flow, decision: &Decision) {
-    // SAFETY: the helper takes no arguments and only returns a number.
-    let time = unsafe { bpf_ktime_get_boot_ns() };
-    let event = Event::new(time, current(), hook, flow, decision);
+    write(&Event::new(now(), current(), hook, flow, decision));
+}
+
+/// Reports a socket that the current task was refused.
+#[inline(always)]
+pub(crate) fn report_socket(hook: Hook, kind: SocketKind, flow: &Flow, decision: &Decision) {
+    write(&Event::new(now(), current(), hook, flow, decision).of_socket(kind));
+}
+
+/// Reports a packet that was refused. Whoever runs meanwhile need not have sent it: of its sender only cgroup and user are
+/// known.
+#[inline(always)]
+pub(crate) fn report_packet(ctx: &SkBuffContext, flow: &Flow, decision: &Decision) {
+    let (cgroup_id, uid) = (workloads::cgroup_of(ctx), ctx.get_socket_uid());
+    let sender = Process { cgroup_id, pid: 0, tid: 0, uid, gid: 0, comm: [0; COMM_LEN] };
+    write(&Event::new(now(), sender, Hook::Egress, flow, decision));
+}
+
+/// Writes one report; counts it as lost if there is no room.
+#[inline(always)]
+fn write(event: &Event) {
     if EVENTS.output(event, 0).is_err() {
         stats::add(Counter::EventsLost);
     }
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: the helper takes no arguments and only returns a number.
+    unsafe { bpf_ktime_get_boot_ns() }
 }
 
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! The kernel programs: hooks that ask [`egress_common::decide`], record the answer and give it.
 //!
-//! They hold no policy and decide nothing themselves. Each hook reads the destination from its context, asks, counts,
-//! reports a refusal, and answers; the maps live in the modules that own them.
+//! They hold no policy and decide nothing themselves. Each hook reads from its context what is asked, asks, counts, reports a
+//! refusal, and answers; the maps live in the modules that own them.
 
 #![no_std]
 #![no_main]
@@ -11,9 +11,11 @@
 )]
 
 mod answer;
+mod context;
 mod events;
 mod hooks;
 mod meta;
+mod peers;
 mod rules;
 mod stats;
 mod workloads;

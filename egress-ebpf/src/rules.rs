@@ -1,14 +1,19 @@
 //! The policy maps. Nobody else sees them.
 //!
-//! Both are arrays of maps: what an element points to is filled by the agent before it is put there, and never changes
-//! afterwards. A decision reads the pointer to its trie once, so it sees one policy from beginning to end.
+//! What they hold of a scope is put there by the agent before anything names that scope, and never changes while anything
+//! does. A decision is placed once, so it sees one policy from beginning to end.
 
 use aya_ebpf::{
     bindings::BPF_F_INNER_MAP,
     btf_maps::{Array, ArrayOfMaps, LpmTrie, lpm_trie::Key},
     macros::btf_map,
+    programs::SockAddrContext,
 };
-use egress_common::{Address, Entry, MAX_SCOPES, PrefixKey, Protocol, Rules, Segment, SegmentList, View, find_segment};
+use egress_common::{
+    Address, Entry, Flow, MAX_SCOPES, PrefixKey, Protocol, Rules, Segment, SegmentList, Settings, View, find_segment,
+};
+
+use crate::peers;
 
 /// Inner arrays differ in length, which the kernel allows for arrays with this flag (5.10).
 const ANY_LENGTH: usize = BPF_F_INNER_MAP as usize;
@@ -19,10 +24,28 @@ static POLICY: ArrayOfMaps<LpmTrie<Address, Entry, 1>, { 2 * MAX_SCOPES as usize
 #[btf_map]
 static SEGMENTS: ArrayOfMaps<Array<Segment, 1, ANY_LENGTH>, { 4 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
 
-/// The rules in the kernel's maps.
-pub(crate) struct Maps;
+#[btf_map]
+static VIEWS: Array<Settings, { 2 * MAX_SCOPES as usize }> = Array::new();
 
-impl Rules for Maps {
+/// The rules in the kernel's maps, for a socket.
+pub(crate) struct Maps<'a> {
+    socket: Option<&'a SockAddrContext>,
+}
+
+impl Maps<'static> {
+    /// For what has no destination that could have been heard from.
+    pub(crate) const WITHOUT_SOCKET: Self = Self { socket: None };
+}
+
+impl<'a> Maps<'a> {
+    /// For a socket that wants to reach a destination.
+    #[inline(always)]
+    pub(crate) const fn of(socket: &'a SockAddrContext) -> Self {
+        Self { socket: Some(socket) }
+    }
+}
+
+impl Rules for Maps<'_> {
     #[inline(always)]
     fn entry(&self, view: View, address: Address) -> Option<Entry> {
         let key = PrefixKey::host(address);
@@ -36,6 +59,22 @@ impl Rules for Maps {
         let slot = list.slot.into();
         let index = search_segments(slot, list.first, list.count, protocol.number().into(), port.into());
         segment(slot, list.first.wrapping_add(index))
+    }
+
+    #[inline(always)]
+    fn settings(&self, view: View) -> Option<Settings> {
+        match VIEWS.get(view.index()) {
+            Some(settings) if settings.is_there() => Some(*settings),
+            Some(_) | None => None,
+        }
+    }
+
+    #[inline(always)]
+    fn is_reply(&self, flow: &Flow) -> bool {
+        match self.socket {
+            Some(socket) => peers::has(socket, flow),
+            None => false,
+        }
     }
 }
 

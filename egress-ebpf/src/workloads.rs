@@ -1,12 +1,16 @@
-//! Where the acting task belongs. The agent fills the maps; nothing here writes them.
+//! Where the acting task belongs, or a packet. The agent fills the maps; nothing here writes them.
 //!
 //! What `WORKLOADS` points to never loses or changes an element: a change of policy exchanges the pointer, and it is read
 //! once for each decision.
 
 use aya_ebpf::{
     btf_maps::{ArrayOfMaps, HashMap},
-    helpers::{bpf_get_current_cgroup_id, bpf_get_current_uid_gid, generated::bpf_get_current_ancestor_cgroup_id},
+    helpers::{
+        bpf_get_current_cgroup_id, bpf_get_current_uid_gid,
+        generated::{bpf_get_current_ancestor_cgroup_id, bpf_skb_ancestor_cgroup_id, bpf_skb_cgroup_id},
+    },
     macros::btf_map,
+    programs::SkBuffContext,
 };
 use egress_common::{MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place};
 
@@ -27,6 +31,15 @@ static USERS: HashMap<UserKey, u32, { MAX_USERS as usize }, NO_PREALLOC> = HashM
 #[inline(always)]
 pub(crate) fn place_current() -> Place {
     Place::unpack(current_place())
+}
+
+/// Places a packet, by the cgroup in which its socket was made and the user who made it.
+#[inline(always)]
+pub(crate) fn place_of(ctx: &SkBuffContext) -> Place {
+    match WORKLOADS.get(0) {
+        Some(placements) => place(&Maps { placements }, &Sender(ctx)),
+        None => Place::Unknown,
+    }
 }
 
 /// [`place`] for the current task, verified once as a function of its own.
@@ -61,6 +74,35 @@ impl Workloads for Maps<'_> {
     fn deepest(&self) -> u8 {
         meta::deepest()
     }
+}
+
+/// Who made the socket of a packet. What runs meanwhile may be anybody.
+struct Sender<'a>(&'a SkBuffContext);
+
+impl Task for Sender<'_> {
+    #[inline(always)]
+    fn cgroup(&self) -> u64 {
+        cgroup_of(self.0)
+    }
+
+    #[inline(always)]
+    fn ancestor(&self, level: u8) -> Option<u64> {
+        // SAFETY: the helper takes a valid context and a number, of which it checks the bounds, and returns a number.
+        let id = unsafe { bpf_skb_ancestor_cgroup_id(self.0.skb.skb, level.into()) };
+        (id != 0).then_some(id)
+    }
+
+    #[inline(always)]
+    fn uid(&self) -> u32 {
+        self.0.get_socket_uid()
+    }
+}
+
+/// The id of the cgroup in which the socket of a packet was made.
+#[inline(always)]
+pub(crate) fn cgroup_of(ctx: &SkBuffContext) -> u64 {
+    // SAFETY: the helper takes a valid context and returns a number.
+    unsafe { bpf_skb_cgroup_id(ctx.skb.skb) }
 }
 
 /// The task that runs.

@@ -43,6 +43,38 @@ fn main() -> Result<()> {
         println!("{:<34} {allowed:>8.0} {added:>+8.0}", format!("allowed, prefixes: {size}"));
         println!("{:<34} {:>8.0}", format!("refused and reported, prefixes: {size}"), column(|round| round.2));
     }
+    beside_connect(&namespace, &mut unfiltered)
+}
+
+/// What is added to a datagram on a connected socket, with and without the packet guard, and to a socket.
+fn beside_connect(namespace: &Netns, unfiltered: &mut Dialer) -> Result<()> {
+    let policies = tempfile::tempdir()?;
+    fs::write(policies.path().join("policy.yaml"), document(1))?;
+    let (off, on) = (Cgroup::new()?, Cgroup::new()?);
+    let _without = Agent::start(policies.path(), &off, &["--packet-guard", "Off"])?;
+    let _with = Agent::start(policies.path(), &on, &["--packet-guard", "On"])?;
+    let mut off = Dialer::start(env!("CARGO_BIN_EXE_dial"), &off, namespace)?;
+    let mut on = Dialer::start(env!("CARGO_BIN_EXE_dial"), &on, namespace)?;
+    let call = Call { method: Method::UdpConnect, mapped: false, to: (address(0), 53).into() };
+    for (what, time) in [
+        ("a datagram", Dialer::time_packets as fn(&mut Dialer, &Call, u32) -> Result<f64>),
+        ("a UDP socket, made and closed", Dialer::time_sockets),
+    ] {
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            rounds.push((time(unfiltered, &call, CALLS)?, time(&mut off, &call, CALLS)?, time(&mut on, &call, CALLS)?));
+        }
+        let column = |of: fn(&(f64, f64, f64)) -> f64| median(rounds.iter().map(of).collect());
+        println!("{:<34} {:>8.0}", what, column(|round| round.0));
+        let (guarded, added) = (column(|round| round.2), column(|round| round.2 - round.0));
+        println!(
+            "{:<34} {:>8.0} {:>+8.0}",
+            "  without the guard",
+            column(|round| round.1),
+            column(|round| round.1 - round.0)
+        );
+        println!("{:<34} {guarded:>8.0} {added:>+8.0}", "  with the guard");
+    }
     Ok(())
 }
 

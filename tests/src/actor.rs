@@ -7,11 +7,12 @@
 use std::{
     fmt, fs,
     io::{BufRead, BufReader, Write},
-    net::SocketAddr,
+    net::{SocketAddr, UdpSocket},
     process::{Child, ChildStdin, ChildStdout, Stdio},
     str::FromStr,
     sync::mpsc::{Receiver, Sender, channel},
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -128,6 +129,21 @@ impl Actor {
         self.order(&Order { who, task: Task::Make }).map(drop)
     }
 
+    /// Makes a UDP socket that is bound to an address, and keeps it; earlier ones are closed.
+    pub fn serve_udp(&mut self, at: SocketAddr) -> Result<()> {
+        self.order(&Order { who: Who::Main, task: Task::Serve(at) }).map(drop)
+    }
+
+    /// Waits for a datagram on the UDP socket that it serves, and tells who sent it.
+    pub fn receive(&mut self) -> Result<SocketAddr> {
+        Ok(self.order(&Order { who: Who::Main, task: Task::Receive })?.parse()?)
+    }
+
+    /// Makes a socket of any kind, as `socket(2)` takes it, and closes it.
+    pub fn open(&mut self, domain: i32, kind: i32, protocol: i32) -> Result<Outcome> {
+        self.outcome(&Order { who: Who::Main, task: Task::Open(domain, kind, protocol) })
+    }
+
     /// Connects the TCP socket it made. One that was refused, or found nobody, can be connected again.
     pub fn dial_with_made_socket(&mut self, to: SocketAddr) -> Result<Outcome> {
         self.call(Who::Main, On::Made, &plain(Method::TcpConnect, to))
@@ -162,7 +178,11 @@ impl Actor {
     /// Makes any call.
     pub fn call(&mut self, who: Who, on: On, call: &Call) -> Result<Outcome> {
         ensure!(who == Who::Main || self.thread.is_some(), "the actor has no second thread yet");
-        match self.order(&Order { who, task: Task::Call(on, *call) })?.parse()? {
+        self.outcome(&Order { who, task: Task::Call(on, *call) })
+    }
+
+    fn outcome(&mut self, order: &Order) -> Result<Outcome> {
+        match self.order(order)?.parse()? {
             0 => Ok(Ok(())),
             errno => Ok(Err(Errno::from_raw_os_error(errno))),
         }
@@ -201,6 +221,12 @@ enum Task {
     Spawn,
     /// Makes sockets to keep; the answer is empty.
     Make,
+    /// Makes a bound UDP socket to keep; the answer is empty.
+    Serve(SocketAddr),
+    /// The answer is the sender's address.
+    Receive,
+    /// Makes a socket; the answer is 0 or the error number.
+    Open(i32, i32, i32),
     /// The answer is 0 or the error number.
     Call(On, Call),
 }
@@ -214,6 +240,9 @@ impl fmt::Display for Order {
         match self.task {
             Task::Spawn => write!(f, "{who} spawn"),
             Task::Make => write!(f, "{who} make"),
+            Task::Serve(at) => write!(f, "{who} serve {at}"),
+            Task::Receive => write!(f, "{who} receive"),
+            Task::Open(domain, kind, protocol) => write!(f, "{who} open {domain} {kind} {protocol}"),
             Task::Call(On::New, call) => write!(f, "{who} new {call}"),
             Task::Call(On::Made, call) => write!(f, "{who} made {call}"),
         }
@@ -233,6 +262,13 @@ impl FromStr for Order {
         let task = match task.split_once(' ').unwrap_or((task, "")) {
             ("spawn", _) => Task::Spawn,
             ("make", _) => Task::Make,
+            ("serve", at) => Task::Serve(at.parse()?),
+            ("receive", _) => Task::Receive,
+            ("open", socket) => {
+                let numbers: Vec<i32> = socket.split(' ').map(str::parse).collect::<Result<_, _>>()?;
+                let [domain, kind, protocol] = numbers[..] else { bail!("a socket is DOMAIN TYPE PROTOCOL") };
+                Task::Open(domain, kind, protocol)
+            }
             ("new", call) => Task::Call(On::New, call.parse()?),
             ("made", call) => Task::Call(On::Made, call.parse()?),
             (other, _) => bail!("unknown task {other}"),
@@ -331,6 +367,22 @@ impl Cast {
             Task::Make => {
                 self.made = self.by(order.who, make_sockets)??;
                 Ok(String::new())
+            }
+            Task::Serve(at) => {
+                let socket = Socket::new(Domain::for_address(at), Type::DGRAM, None)?;
+                socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+                socket.bind(&at.into())?;
+                self.made = vec![socket];
+                Ok(String::new())
+            }
+            Task::Receive => {
+                let socket = self.made.first().context("no socket was made")?;
+                let (_, sender) = UdpSocket::from(socket.try_clone()?).recv_from(&mut [0; 64])?;
+                Ok(sender.to_string())
+            }
+            Task::Open(domain, kind, protocol) => {
+                let opened = Socket::new(domain.into(), kind.into(), Some(protocol.into()));
+                Ok(opened.err().and_then(|error| error.raw_os_error()).unwrap_or(0).to_string())
             }
             Task::Call(On::New, call) => Ok(self.by(order.who, move || call.make())?.to_string()),
             Task::Call(On::Made, call) => {

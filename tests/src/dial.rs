@@ -83,6 +83,28 @@ impl Call {
         Ok(start.elapsed().as_secs_f64() * 1e9 / f64::from(count))
     }
 
+    /// How long it takes to make a UDP socket and close it, in nanoseconds.
+    pub fn time_sockets(&self, count: u32) -> std::io::Result<f64> {
+        let start = Instant::now();
+        for _ in 0..count {
+            Socket::new(Domain::for_address(self.destination()), Type::DGRAM, None)?;
+        }
+        Ok(start.elapsed().as_secs_f64() * 1e9 / f64::from(count))
+    }
+
+    /// How long one datagram of a connected socket takes, in nanoseconds.
+    pub fn time_packets(&self, count: u32) -> std::io::Result<f64> {
+        let to = self.destination().into();
+        let socket = Socket::new(Domain::for_address(self.destination()), Type::DGRAM, None)?;
+        socket.connect(&to)?;
+        let start = Instant::now();
+        for _ in 0..count {
+            // Nobody listens, which a later datagram is told of.
+            let _ = socket.send(b"x");
+        }
+        Ok(start.elapsed().as_secs_f64() * 1e9 / f64::from(count))
+    }
+
     fn destination(&self) -> SocketAddr {
         match self.to.ip() {
             IpAddr::V4(v4) if self.mapped => SocketAddr::new(v4.to_ipv6_mapped().into(), self.to.port()),
@@ -144,6 +166,16 @@ impl Dialer {
     /// [`Call::time`].
     pub fn time(&mut self, call: &Call, count: u32) -> Result<f64> {
         Ok(self.ask(&format!("time {count} {call}"))?.parse()?)
+    }
+
+    /// [`Call::time_packets`].
+    pub fn time_packets(&mut self, call: &Call, count: u32) -> Result<f64> {
+        Ok(self.ask(&format!("packets {count} {call}"))?.parse()?)
+    }
+
+    /// [`Call::time_sockets`].
+    pub fn time_sockets(&mut self, call: &Call, count: u32) -> Result<f64> {
+        Ok(self.ask(&format!("sockets {count} {call}"))?.parse()?)
     }
 
     fn ask(&mut self, line: &str) -> Result<String> {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::{companion, eventually, netns::Netns};
+use crate::{cgroup::Cgroup, companion, eventually, netns::Netns};
 
 /// A server that knows nothing but what it is told, ended when dropped.
 #[derive(Debug)]
@@ -23,10 +23,21 @@ impl Dnsmasq {
     /// Starts a server in a namespace, on port 53 of an address, with answers written as in `/etc/hosts` and more options.
     /// Returns once it answers.
     pub fn start(namespace: &Netns, address: &str, hosts: &str, options: &[&str]) -> Result<Self> {
+        Self::start_in(namespace, None, address, hosts, options)
+    }
+
+    /// The same in a cgroup.
+    pub fn start_in(
+        namespace: &Netns,
+        cgroup: Option<&Cgroup>,
+        address: &str,
+        hosts: &str,
+        options: &[&str],
+    ) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("egress-dnsmasq-").tempdir()?;
         fs::write(directory.path().join("hosts"), hosts)?;
         let log = File::create(directory.path().join("log"))?;
-        let mut command = namespace.command(companion("dnsmasq/bin/dnsmasq")?, None)?;
+        let mut command = namespace.command(companion("dnsmasq/bin/dnsmasq")?, cgroup)?;
         command.args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--bind-interfaces", "--pid-file"]);
         command.args(["--log-facility=-", "--log-queries", "--cache-size=10000"]);
         command.arg(format!("--listen-address={address}"));

@@ -102,16 +102,21 @@ pub enum Answer {
 
 /// Asks a server for the ratings, from a cgroup and a namespace.
 pub fn query(cgroup: &Cgroup, namespace: &Netns, address: &str) -> Result<Answer> {
-    let mut command = namespace.command(companion("mariadb/bin/mariadb")?, Some(cgroup))?;
-    command.args(["--batch", "--skip-column-names", "--protocol=tcp", "--connect-timeout=10"]);
-    command.args(["--host", address, "--port", "3306", "--user", USER]).arg(format!("--password={PASSWORD}"));
-    command.args(["--execute", "SELECT rating FROM test.ratings ORDER BY id"]);
-    let output = command.stdin(Stdio::null()).output()?;
+    let output = client(namespace.command(companion("mariadb/bin/mariadb")?, Some(cgroup))?, address).output()?;
     Ok(if output.status.success() {
         Answer::Ratings(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     } else {
         Answer::Error(text(&output))
     })
+}
+
+/// Has a client, given by its program, ask a server for the ratings.
+pub fn client(mut command: Command, address: &str) -> Command {
+    command.args(["--batch", "--skip-column-names", "--protocol=tcp", "--connect-timeout=10"]);
+    command.args(["--host", address, "--port", "3306", "--user", USER]).arg(format!("--password={PASSWORD}"));
+    command.args(["--execute", "SELECT rating FROM test.ratings ORDER BY id"]);
+    command.stdin(Stdio::null());
+    command
 }
 
 fn text(output: &Output) -> String {

@@ -16,7 +16,7 @@ use std::{
 use egress_agent::{
     cgroup,
     compile::{Context, Names, NodeAction, NodeDefault},
-    dataplane::{Change, Dataplane, KernelLog, pinned},
+    dataplane::{Change, Dataplane, KernelLog, PacketGuard, pinned},
     pins::PinDirectory,
     policy::load::load_text,
     run::chain,
@@ -454,8 +454,14 @@ fn without_memory_in_a_process_of_its_own() {
     let mut world = World::opening(&[]).unwrap();
     let [small, large, other] = [opening(&[ONE]), large(), opening(&[TWO])].map(|text| layout(&world, &text));
     let pins = PinDirectory::claim(&world.place.pins()).unwrap();
-    let mut dataplane =
-        Dataplane::prepare(&fs::read(OBJECT).unwrap(), KernelLog::Off, pins.begin().unwrap(), u64::MAX).unwrap();
+    let mut dataplane = Dataplane::prepare(
+        &fs::read(OBJECT).unwrap(),
+        KernelLog::Off,
+        PacketGuard::On,
+        pins.begin().unwrap(),
+        u64::MAX,
+    )
+    .unwrap();
     let mount = cgroup::mount_point().unwrap();
     dataplane.apply(&small, Change::Policy).unwrap();
     dataplane.attach(&cgroup::Cgroup::open(world.cgroup.path(), &mount).unwrap()).unwrap();

@@ -16,7 +16,7 @@ use std::{
 use aya::{
     Ebpf,
     maps::{Array, ArrayOfMaps, LpmTrie, MapData, MapError, lpm_trie::Key},
-    programs::{CgroupAttachMode, CgroupSockAddr},
+    programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program},
 };
 use egress_agent::{
     pins::PinDirectory,
@@ -59,17 +59,44 @@ fn with<T: Send>(needed: CapabilitySet, work: impl FnOnce() -> T + Send) -> T {
 fn load_programs() -> anyhow::Result<Ebpf> {
     let mut ebpf = Ebpf::load(&fs::read(OBJECT)?)?;
     for hook in Hook::ALL {
-        let program: &mut CgroupSockAddr = ebpf.program_mut(hook.as_str()).unwrap().try_into()?;
-        program.load()?;
+        match ebpf.program_mut(hook.as_str()).unwrap() {
+            Program::CgroupSockAddr(program) => program.load()?,
+            Program::CgroupSock(program) => program.load()?,
+            Program::CgroupSockopt(program) => program.load()?,
+            Program::CgroupSkb(program) => program.load()?,
+            other => panic!("{} is {:?}", hook.as_str(), other.prog_type()),
+        }
     }
     Ok(ebpf)
 }
 
 fn attach(ebpf: &mut Ebpf, cgroup: &Cgroup) -> anyhow::Result<()> {
+    attach_but_for_packets(ebpf, cgroup)?;
+    attach_for_packets(ebpf, cgroup)
+}
+
+fn attach_but_for_packets(ebpf: &mut Ebpf, cgroup: &Cgroup) -> anyhow::Result<()> {
+    let (cgroup, mode) = (File::open(cgroup.path())?, CgroupAttachMode::Single);
     for hook in Hook::ALL {
-        let program: &mut CgroupSockAddr = ebpf.program_mut(hook.as_str()).unwrap().try_into()?;
-        program.attach(File::open(cgroup.path())?, CgroupAttachMode::Single)?;
+        match ebpf.program_mut(hook.as_str()).unwrap() {
+            Program::CgroupSockAddr(program) => {
+                program.attach(&cgroup, mode)?;
+            }
+            Program::CgroupSock(program) => {
+                program.attach(&cgroup, mode)?;
+            }
+            Program::CgroupSockopt(program) => {
+                program.attach(&cgroup, mode)?;
+            }
+            _ => {}
+        }
     }
+    Ok(())
+}
+
+fn attach_for_packets(ebpf: &mut Ebpf, cgroup: &Cgroup) -> anyhow::Result<()> {
+    let program: &mut CgroupSkb = ebpf.program_mut(Hook::Egress.as_str()).unwrap().try_into()?;
+    program.attach(File::open(cgroup.path())?, CgroupSkbAttachType::Egress, CgroupAttachMode::Single)?;
     Ok(())
 }
 
@@ -119,7 +146,8 @@ fn fails_running(kept: CapabilitySet) -> Vec<&'static str> {
         expect("create a trie", Trie::create(1, NO_PREALLOC).is_ok());
         expect("create an array", Segments::create(1, INNER_MAP).is_ok());
         expect("fill and exchange a trie", exchange(spare, &mut policy).is_ok());
-        expect("attach again", attach(&mut ebpf, &anew).is_ok());
+        expect("attach again", attach_but_for_packets(&mut ebpf, &anew).is_ok());
+        expect("attach the packet guard again", attach_for_packets(&mut ebpf, &anew).is_ok());
         expect("read the program of another user's process", other.exe().is_ok());
         expect("remove a pin", fs::remove_file(&pin).is_ok());
         let pinned = ebpf.map(map::STATS).unwrap().pin(&pin);
@@ -167,11 +195,13 @@ fn each_capability_that_is_kept_at_the_start_is_needed() {
 #[test]
 fn each_capability_that_is_kept_while_running_is_needed() {
     let (maps, exe) = (["create a trie", "create an array"], "read the program of another user's process");
+    let guard = "attach the packet guard again";
     assert_eq!(fails_running(RUNNING), [""; 0]);
     assert_eq!(fails_running(RUNNING - CapabilitySet::BPF), maps);
+    assert_eq!(fails_running(RUNNING - CapabilitySet::NET_ADMIN), [guard]);
     assert_eq!(fails_running(RUNNING - CapabilitySet::SYS_PTRACE), [exe]);
     // All else that a running agent does takes none.
-    assert_eq!(fails_running(CapabilitySet::empty()), [maps[0], maps[1], exe]);
+    assert_eq!(fails_running(CapabilitySet::empty()), [maps[0], maps[1], guard, exe]);
 }
 
 /// Which of the calls for which root is feared succeed.

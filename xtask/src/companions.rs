@@ -1,5 +1,5 @@
-//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, a DNS server, and iproute2
-//! where the system has none.
+//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, a DNS server, and what the
+//! system may lack of iproute2, curl and Python.
 //!
 //! Each is unpacked below `target/companions` and called through a script that knows where its libraries are. Starting and stopping them is
 //! up to the tests.
@@ -47,6 +47,21 @@ const DNSMASQ: Companion = Companion {
     scripts: &[("bin/dnsmasq", "exec \"$root/usr/sbin/dnsmasq\" --conf-file=/dev/null --user=\"$(id -un)\" \"$@\"")],
 };
 
+/// Clients that people use: they show what a refused call looks like from the application.
+const CURL: Companion = Companion {
+    name: "curl",
+    recipe: "curl 1",
+    packages: &["curl"],
+    scripts: &[("scripts/curl", "exec \"$root/usr/bin/curl\" --disable \"$@\"")],
+};
+
+const PYTHON: Companion = Companion {
+    name: "python3",
+    recipe: "python3 1",
+    packages: &["python3-minimal"],
+    scripts: &[("scripts/python3", "PYTHONHOME=\"$root/usr\" exec \"$root/usr/bin/python3\" \"$@\"")],
+};
+
 const IPROUTE2: Companion = Companion {
     name: "iproute2",
     recipe: "iproute2 1",
@@ -74,9 +89,15 @@ pub fn ensure(workspace: &Workspace) -> Result<Environment> {
     }
     let mut environment =
         vec![("EGRESS_AGENT", workspace.agent().into()), ("EGRESS_COMPANIONS", directory.clone().into())];
-    if process::find("ip").is_none() {
-        IPROUTE2.ensure(workspace, &directory)?;
-        environment.push(("PATH", path_with(&directory.join("iproute2/scripts"))?));
+    let mut added = Vec::new();
+    for (program, companion) in [("ip", IPROUTE2), ("curl", CURL), ("python3", PYTHON)] {
+        if process::find(program).is_none() {
+            companion.ensure(workspace, &directory)?;
+            added.push(directory.join(companion.name).join("scripts"));
+        }
+    }
+    if !added.is_empty() {
+        environment.push(("PATH", path_with(added)?));
     }
     Ok(environment)
 }
@@ -97,8 +118,8 @@ impl Companion {
     }
 }
 
-fn path_with(directory: &Path) -> Result<OsString> {
+fn path_with(directories: Vec<PathBuf>) -> Result<OsString> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let all = std::iter::once(PathBuf::from(directory)).chain(env::split_paths(&path));
+    let all = directories.into_iter().chain(env::split_paths(&path));
     env::join_paths(all).context("a directory on PATH has a colon in its name")
 }

@@ -8,19 +8,20 @@
 //! 3. An absent field says nothing. Only where no policy of a view speaks does the default of the field hold: `services`
 //!    is then `*/*`, `defaultAction` Deny, `loopback` Allow, `dns` System.
 //! 4. Where several speak, services, allows, denies, loopback and dns unite, and Deny beats Allow as the default.
+//!    Protocols unite, and Deny beats Allow for replies. Policies that differ in `refuseWith` refuse with `EPERM`.
 //! 5. Statements are heard in this order: denies, then by kind, namespace, name, and place in the document; builtins
 //!    come last. The first that covers a destination decides.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use egress_common::Action;
+use egress_common::{Action, Refusal, Settings, SocketKind, SocketKinds};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     policy::{
         DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, HostPattern, L4, Mode,
-        NamespaceRef, ObjectName, Peer, PolicySet, PortRange, Resolution, Rule, RuleName, ServiceEntry, ServicePort,
-        ServiceRef, Toggle,
+        NamespaceRef, ObjectName, Peer, PolicySet, PortRange, RefuseWith, Resolution, Rule, RuleName, ServiceEntry,
+        ServicePort, ServiceRef, SocketProtocol, Toggle,
     },
     workload::{Workload, selects},
 };
@@ -34,6 +35,8 @@ pub struct Combined {
     pub statements: Vec<Statement>,
     /// What happens to destinations that no statement covers.
     pub default: Action,
+    /// What holds beside the statements.
+    pub settings: Settings,
     /// The `EgressPolicy` documents that speak; empty where the node default stands in.
     pub policies: Vec<ObjectName>,
 }
@@ -41,7 +44,8 @@ pub struct Combined {
 impl Combined {
     /// The view in which everything is allowed.
     pub const fn allow_any() -> Self {
-        Self { statements: Vec::new(), default: Action::Allow, policies: Vec::new() }
+        let default = Action::Allow;
+        Self { statements: Vec::new(), default, settings: Settings::new(default), policies: Vec::new() }
     }
 }
 
@@ -80,7 +84,8 @@ fn registry_only(policies: &PolicySet, workload: &Workload, context: &Context) -
         .collect();
     statements.extend(context.node_default.loopback.then(loopback));
     statements.extend(context.node_default.dns.then(|| dns(&context.system_resolvers)));
-    Combined { statements: ordered(statements), default: Action::Deny, policies: Vec::new() }
+    let default = Action::Deny;
+    Combined { statements: ordered(statements), default, settings: Settings::new(default), policies: Vec::new() }
 }
 
 fn united(policies: &PolicySet, workload: &Workload, context: &Context, speaking: &[&EgressPolicy]) -> Combined {
@@ -96,9 +101,11 @@ fn united(policies: &PolicySet, workload: &Workload, context: &Context, speaking
     statements.extend(allows_loopback(speaking).then(loopback));
     let servers = dns_servers(speaking, &context.system_resolvers);
     statements.extend((!servers.is_empty()).then(|| dns(&servers)));
+    let default = default_action(speaking);
     Combined {
         statements: ordered(statements),
-        default: default_action(speaking),
+        default,
+        settings: settings(speaking, default),
         policies: speaking.iter().map(|policy| policy.object.clone()).collect(),
     }
 }
@@ -124,6 +131,37 @@ fn default_action(speaking: &[&EgressPolicy]) -> Action {
         Action::Allow
     } else {
         Action::Deny
+    }
+}
+
+fn settings(speaking: &[&EgressPolicy], default: Action) -> Settings {
+    let denies_replies = speaking.iter().any(|policy| policy.replies == Some(DefaultAction::Deny));
+    let protocols = speaking.iter().flat_map(|policy| policy.protocols.iter().flatten());
+    Settings::new(default)
+        .with_replies(if denies_replies { Action::Deny } else { Action::Allow })
+        .with_sockets(protocols.fold(SocketKinds::default(), |kinds, &protocol| kinds.with(kind(protocol))))
+        .with_refusal(refusal(speaking))
+}
+
+const fn kind(protocol: SocketProtocol) -> SocketKind {
+    match protocol {
+        SocketProtocol::Icmp => SocketKind::Icmp,
+        SocketProtocol::Sctp => SocketKind::Sctp,
+        SocketProtocol::UdpLite => SocketKind::UdpLite,
+        SocketProtocol::Raw => SocketKind::Raw,
+    }
+}
+
+/// Those that speak must agree to be heard.
+fn refusal(speaking: &[&EgressPolicy]) -> Refusal {
+    let mut said = speaking.iter().filter_map(|policy| policy.refuse_with);
+    match said.next() {
+        Some(first) if said.all(|other| other == first) => match first {
+            RefuseWith::Eperm => Refusal::Eperm,
+            RefuseWith::Econnrefused => Refusal::Econnrefused,
+            RefuseWith::Ehostunreach => Refusal::Ehostunreach,
+        },
+        Some(_) | None => Refusal::Eperm,
     }
 }
 

@@ -34,7 +34,7 @@ pub fn flatten(statements: &[Statement], ids: &[RuleId], default: Action) -> Res
     let (items, changes) = itemize(statements);
     let mut values = Values::new(statements, ids, default);
     let contents = compact(sweep(changes, &items, &mut values)?);
-    Ok(Table::new(contents, values.entries, values.segments))
+    Ok(Table::new(contents, values.entries, values.segments, default))
 }
 
 /// Addresses that share a statement and its ports.

@@ -92,9 +92,6 @@ pub enum DataplaneError {
         /// As many fit.
         limit: usize,
     },
-    /// Programs are attached, and end with the agent.
-    #[error("this kernel has no links to cgroups, which keep programs attached when the agent is gone")]
-    NoLinks,
     /// The maps are of another version.
     #[error("the maps are of another version of the agent (ABI {found}, this is {})", egress_common::ABI_VERSION)]
     OtherVersion {
@@ -125,6 +122,12 @@ pub enum DataplaneError {
         cgroup: PathBuf,
         /// Why.
         #[source]
-        cause: ProgramError,
+        cause: io::Error,
     },
+}
+
+/// Whether some call behind an error was not permitted.
+pub(super) fn is_eperm(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut chain = std::iter::successors(Some(error), |error| error.source());
+    chain.any(|error| error.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error() == Some(libc::EPERM)))
 }

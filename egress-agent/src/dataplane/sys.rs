@@ -11,8 +11,10 @@ use std::{
 };
 
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
+const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
 
 /// The attributes of a call on one element of a map.
@@ -31,7 +33,16 @@ struct Detach {
     link_fd: u32,
 }
 
-/// The attributes of `BPF_OBJ_GET`.
+/// The attributes of `BPF_LINK_CREATE`.
+#[repr(C)]
+struct Attach {
+    program_fd: u32,
+    target_fd: u32,
+    kind: u32,
+    flags: u32,
+}
+
+/// The attributes of `BPF_OBJ_PIN` and `BPF_OBJ_GET`.
 #[repr(C)]
 struct Open {
     path: u64,
@@ -58,6 +69,20 @@ struct LinkInfo {
     cgroup_id: u64,
     attach_type: u32,
     reserved: u32,
+}
+
+/// Attaches a program to a cgroup, beside those of others (`BPF_F_ALLOW_MULTI`, as for every link), until the link is closed
+/// and no pin holds it. `kind` is of `enum bpf_attach_type`.
+pub(super) fn attach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, kind: u32) -> io::Result<OwnedFd> {
+    let link = call(BPF_LINK_CREATE, &Attach { program_fd: fd(program), target_fd: fd(cgroup), kind, flags: 0 })?;
+    // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(link) })
+}
+
+/// Pins an object of bpf.
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    call(BPF_OBJ_PIN, &Open { path: path.as_ptr() as u64, fd: fd(object), flags: 0 }).map(drop)
 }
 
 /// Opens a pin.

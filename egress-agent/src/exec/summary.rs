@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use egress_common::Reason;
 use serde::Serialize;
 
 use crate::{
@@ -29,9 +30,10 @@ pub(super) struct Tally {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     verdict: &'static str,
+    reason: &'static str,
     protocol: String,
-    address: IpAddr,
-    port: u16,
+    /// Of nothing, where a socket was refused.
+    to: Option<(IpAddr, u16)>,
 }
 
 #[derive(Debug, Default)]
@@ -60,10 +62,14 @@ pub struct Refused {
     pub verdict: &'static str,
     /// `TCP`, `UDP`, or the name or number of another IP protocol.
     pub protocol: String,
-    /// Where to.
-    pub address: IpAddr,
+    /// Why.
+    pub reason: &'static str,
+    /// Where to; absent where a socket was refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
     /// Port.
-    pub port: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
     /// Its name, if the policy has one for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
@@ -75,9 +81,9 @@ pub struct Refused {
 
 impl Tally {
     pub(super) fn add(&mut self, connection: &Connection) {
-        let Connection { verdict, ref protocol, ref destination, ref rule, count, .. } = *connection;
-        let (address, port) = (destination.address, destination.port);
-        let key = Key { verdict, protocol: protocol.clone(), address, port };
+        let Connection { verdict, reason, ref protocol, ref destination, ref rule, count, .. } = *connection;
+        let to = destination.as_ref().map(|to| (to.address, to.port));
+        let key = Key { verdict, reason, protocol: protocol.clone(), to };
         if self.refused.len() >= MOST && !self.refused.contains_key(&key) {
             self.others += count;
             return;
@@ -99,8 +105,9 @@ impl Tally {
             named.map(|(name, _)| name.clone())
         };
         let refused = self.refused.into_iter().map(|(key, Count { count, rule })| {
-            let Key { verdict, protocol, address, port } = key;
-            Refused { verdict, protocol, address, port, host: host(&address), count, rule }
+            let Key { verdict, reason, protocol, to } = key;
+            let (address, port) = to.unzip();
+            Refused { verdict, protocol, reason, address, port, host: address.as_ref().and_then(host), count, rule }
         });
         let destinations: Vec<Refused> = refused.collect();
         let documents: BTreeSet<String> =
@@ -113,8 +120,11 @@ impl Tally {
 
 impl Refused {
     fn to_allow(&self, explainer: &Explainer<'_>) -> Option<String> {
-        let protocol = L4::parse(&self.protocol)?;
-        let to = Destination { address: self.address, port: self.port, protocol, host: self.host.clone() };
+        if self.reason == Reason::Bypass.as_str() {
+            return None;
+        }
+        let (address, port, protocol) = (self.address?, self.port?, L4::parse(&self.protocol)?);
+        let to = Destination { address, port, protocol, host: self.host.clone() };
         explainer.explain(&to).to_allow
     }
 }
@@ -132,8 +142,11 @@ impl fmt::Display for Summary {
         let count = self.destinations.len();
         writeln!(f, "refused: {count} destination{}", if count == 1 { "" } else { "s" })?;
         for refused in &self.destinations {
-            let socket = SocketAddr::new(refused.address, refused.port);
-            write!(f, "{:>6} × {} {} {socket}", refused.count, refused.verdict, refused.protocol)?;
+            write!(f, "{:>6} × {} {} ", refused.count, refused.verdict, refused.protocol)?;
+            match refused.address.zip(refused.port) {
+                Some(to) => write!(f, "{}", SocketAddr::from(to))?,
+                None => write!(f, "{}", refused.reason)?,
+            }
             if let Some(host) = &refused.host {
                 write!(f, " ({host})")?;
             }

@@ -239,6 +239,8 @@ codes! {
     AuditOnly = "W0206", "no policy enforces";
     /// The field is part of the language, and this version of the agent refuses to enforce a policy that depends on it.
     NotEnforcedYet = "W0207", "a policy that this version does not enforce";
+    /// A raw socket can send any packet, UDP and TCP to any destination included (`IP_HDRINCL`), and no hook sees where to.
+    RawSockets = "W0208", "raw sockets, which go around every rule";
 
     /// Objects of other kinds carry no egress rules.
     Skipped = "N0001", "a document of another kind is skipped";

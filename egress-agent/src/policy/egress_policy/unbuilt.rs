@@ -3,10 +3,7 @@
 //! Whoever enforces refuses them: a policy that is carried out by half is worse than none. Whoever only checks or
 //! explains reads them as what they will mean.
 
-use crate::policy::{
-    DefaultAction, DnsQueries, EgressPolicy, Existing, RefuseWith, Selector, code::Code, diagnostic::Finding,
-    yaml::Span,
-};
+use crate::policy::{DnsQueries, EgressPolicy, Existing, Selector, code::Code, diagnostic::Finding, yaml::Span};
 
 /// A field, and whether a policy depends on it.
 struct Field {
@@ -23,22 +20,7 @@ const FIELDS: &[Field] = &[
         is_used: |p| selects(p, |s| matches!(s, Selector::Pod(_))),
     },
     Field { path: "spec.dns.queries", what: "`Named`", is_used: |p| p.dns_queries == Some(DnsQueries::Named) },
-    Field {
-        path: "spec.protocols",
-        what: "sockets beyond TCP and UDP",
-        is_used: |p| p.protocols.as_ref().is_some_and(|protocols| !protocols.is_empty()),
-    },
-    Field {
-        path: "spec.replies",
-        what: "`Allow`: answers of UDP servers",
-        is_used: |p| p.replies == Some(DefaultAction::Allow),
-    },
     Field { path: "spec.existing", what: "`Terminate`", is_used: |p| p.existing == Some(Existing::Terminate) },
-    Field {
-        path: "spec.refuseWith",
-        what: "an errno other than EPERM",
-        is_used: |p| p.refuse_with.is_some_and(|errno| errno != RefuseWith::Eperm),
-    },
 ];
 
 fn selects(policy: &EgressPolicy, kind: impl Fn(&Selector) -> bool) -> bool {

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::policy::{
     DefaultAction, EgressPolicy, ExportTo, Mode, NamespaceRef, Peer, PolicySet, Position, Rule, Selector, ServiceEntry,
-    code::Code, diagnostic::Finding,
+    SocketProtocol, code::Code, diagnostic::Finding,
 };
 
 /// Comparisons of one rule with one peer or one port of another that there is time for, in all policies together. A
@@ -27,6 +27,7 @@ pub(super) fn lint(set: &PolicySet, open: &[IpNet], findings: &mut Vec<Finding>)
             comparisons = left;
             within_each_other(policy, findings);
         }
+        raw_sockets(policy, findings);
         services(policy, &known, findings);
         metadata_service(policy, open, findings);
     }
@@ -48,6 +49,14 @@ fn any_address(policy: &EgressPolicy, findings: &mut Vec<Finding>) {
         let what = "what no rule names is allowed";
         let help = "write `defaultAction: Deny` and allow what is needed; `mode: Audit` shows what that is";
         say(findings, Code::AllowsAnyAddress, &policy.at, "spec.defaultAction", (what, help));
+    }
+}
+
+fn raw_sockets(policy: &EgressPolicy, findings: &mut Vec<Finding>) {
+    if policy.protocols.iter().flatten().any(|&protocol| protocol == SocketProtocol::Raw) {
+        let what = "a raw socket sends any packet to anybody, whatever the rules say";
+        let help = "write `ICMP` for ping sockets; where raw sockets must be, a packet filter is what limits them";
+        say(findings, Code::RawSockets, &policy.at, "spec.protocols", (what, help));
     }
 }
 

@@ -1,0 +1,121 @@
+//! The programs: loaded, and attached to cgroups.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+use aya::{
+    Ebpf,
+    programs::{Program, ProgramError},
+};
+use egress_common::Hook;
+
+use super::{DataplaneError, error::is_eperm, sys};
+use crate::cgroup::Cgroup;
+
+/// Whether packets are looked at, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub enum PacketGuard {
+    /// Each packet is: those with a source route, an IPv6 routing header, or a loopback address on a wire are refused.
+    On,
+    /// None is.
+    Off,
+}
+
+/// The programs that are to run.
+#[derive(Debug, Default)]
+pub(super) struct Hooks {
+    /// In the order in which they are attached.
+    pub(super) loaded: Vec<Hook>,
+    /// What this kernel refused, and can be done without.
+    pub(super) refused: Vec<Hook>,
+}
+
+impl Hooks {
+    /// Loads the programs.
+    pub(super) fn load(ebpf: &mut Ebpf, guard: PacketGuard) -> Result<Self, DataplaneError> {
+        let mut hooks = Self::default();
+        for &hook in Hook::ALL.iter().filter(|&&hook| guard == PacketGuard::On || hook != Hook::Egress) {
+            match load(program(ebpf, hook)?) {
+                Ok(()) => hooks.loaded.push(hook),
+                Err(cause) => match refused(hook, cause) {
+                    DataplaneError::Program { cause, .. } if is_optional(hook) => {
+                        tracing::warn!(hook = hook.as_str(), error = %cause, "this kernel refuses a program: see `status`");
+                        hooks.refused.push(hook);
+                    }
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(hooks)
+    }
+}
+
+/// Without these, there are ways around that the documentation names; without any other, the rules are not enforced.
+const fn is_optional(hook: Hook) -> bool {
+    match hook {
+        Hook::Setsockopt | Hook::Egress => true,
+        Hook::Connect4
+        | Hook::Connect6
+        | Hook::Sendmsg4
+        | Hook::Sendmsg6
+        | Hook::SockCreate
+        | Hook::Recvmsg4
+        | Hook::Recvmsg6 => false,
+    }
+}
+
+/// Without `CAP_PERFMON`, it is the verifier that refuses, and says so in its log.
+fn refused(hook: Hook, cause: ProgramError) -> DataplaneError {
+    let lacks_privilege = is_eperm(&cause) || cause.to_string().contains("prohibited for !root");
+    if lacks_privilege { DataplaneError::Privilege } else { DataplaneError::Program { hook: hook.as_str(), cause } }
+}
+
+fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut Program, DataplaneError> {
+    ebpf.program_mut(hook.as_str()).ok_or(DataplaneError::Missing { what: "program", name: hook.as_str() })
+}
+
+fn load(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::CgroupSockopt(program) => program.load(),
+        Program::CgroupSkb(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// Attaches a program to a cgroup, until the link is closed and no pin holds it.
+pub(super) fn attach(ebpf: &mut Ebpf, hook: Hook, cgroup: &Cgroup) -> Result<OwnedFd, DataplaneError> {
+    let program = program(ebpf, hook)?.fd().and_then(|program| Ok(program.as_fd().try_clone_to_owned()?));
+    let program = program.map_err(|cause| DataplaneError::Program { hook: hook.as_str(), cause })?;
+    sys::attach(program.as_fd(), cgroup.directory.as_fd(), attach_type(hook))
+        .map_err(|cause| not_attached(hook, cgroup, cause))
+}
+
+/// `enum bpf_attach_type` of `linux/bpf.h`.
+const fn attach_type(hook: Hook) -> u32 {
+    match hook {
+        Hook::Egress => 1,
+        Hook::SockCreate => 2,
+        Hook::Connect4 => 10,
+        Hook::Connect6 => 11,
+        Hook::Sendmsg4 => 14,
+        Hook::Sendmsg6 => 15,
+        Hook::Recvmsg4 => 19,
+        Hook::Recvmsg6 => 20,
+        Hook::Setsockopt => 22,
+    }
+}
+
+/// The kernel says `EPERM` where it would have to keep a program that wants to be alone from running.
+fn not_attached(hook: Hook, cgroup: &Cgroup, cause: io::Error) -> DataplaneError {
+    let (hook, cgroup) = (hook.as_str(), cgroup.path.clone());
+    if is_eperm(&cause) {
+        DataplaneError::NoRoom { hook, cgroup }
+    } else {
+        DataplaneError::Attach { hook, cgroup, cause }
+    }
+}

@@ -1,0 +1,121 @@
+//! What holds for a view beside the rules of its trie.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{Action, SocketKinds, UnknownCode, coded_enum};
+
+coded_enum! {
+    /// What a refused call returns.
+    pub enum Refusal {
+        /// Operation not permitted.
+        Eperm = 0 => "EPERM",
+        /// As if nobody listened there.
+        Econnrefused = 1 => "ECONNREFUSED",
+        /// As if there were no way to the host.
+        Ehostunreach = 2 => "EHOSTUNREACH",
+    }
+}
+
+impl Refusal {
+    /// The number in `asm-generic/errno.h`.
+    #[inline(always)]
+    pub const fn errno(self) -> i32 {
+        match self {
+            Self::Eperm => 1,
+            Self::Econnrefused => 111,
+            Self::Ehostunreach => 113,
+        }
+    }
+}
+
+/// An element of the `VIEWS` map. All zeros is a view that is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Settings {
+    is_there: u8,
+    default: u8,
+    replies: u8,
+    sockets: u8,
+    refusal: u8,
+    reserved: [u8; 3],
+}
+
+impl Settings {
+    /// The element of a view that is not there.
+    pub const ABSENT: Self = Self { is_there: 0, default: 0, replies: 0, sockets: 0, refusal: 0, reserved: [0; 3] };
+
+    /// With this default; replies are allowed, sockets beyond TCP and UDP are not, and refused calls return `EPERM`.
+    pub const fn new(default: Action) -> Self {
+        Self { is_there: 1, default: default.code(), replies: Action::Allow.code(), ..Self::ABSENT }
+    }
+
+    /// With this answer to datagrams back to a peer that the socket has received from.
+    #[must_use]
+    pub const fn with_replies(self, replies: Action) -> Self {
+        Self { replies: replies.code(), ..self }
+    }
+
+    /// With these kinds of socket beyond TCP and UDP.
+    #[must_use]
+    pub const fn with_sockets(self, sockets: SocketKinds) -> Self {
+        Self { sockets: sockets.field(), ..self }
+    }
+
+    /// With this return value of refused calls.
+    #[must_use]
+    pub const fn with_refusal(self, refusal: Refusal) -> Self {
+        Self { refusal: refusal.code(), ..self }
+    }
+
+    /// Whether there is such a view.
+    #[inline(always)]
+    pub const fn is_there(&self) -> bool {
+        self.is_there != 0
+    }
+
+    /// What happens to what no rule names.
+    #[inline(always)]
+    pub fn default_action(&self) -> Result<Action, UnknownCode> {
+        self.default.try_into()
+    }
+
+    /// What happens to datagrams back to a peer that the socket has received from.
+    #[inline(always)]
+    pub fn replies(&self) -> Result<Action, UnknownCode> {
+        self.replies.try_into()
+    }
+
+    /// Kinds of socket that may be made, beyond TCP and UDP.
+    #[inline(always)]
+    pub const fn sockets(&self) -> SocketKinds {
+        SocketKinds::from_field(self.sockets)
+    }
+
+    /// What refused calls return.
+    #[inline(always)]
+    pub fn refusal(&self) -> Result<Refusal, UnknownCode> {
+        self.refusal.try_into()
+    }
+}
+
+const _: () = assert!(size_of::<Settings>() == 8);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SocketKind;
+
+    #[test]
+    fn settings_give_back_what_was_put_in() {
+        let sockets = SocketKinds::default().with(SocketKind::Icmp);
+        let settings = Settings::new(Action::Deny)
+            .with_replies(Action::Deny)
+            .with_sockets(sockets)
+            .with_refusal(Refusal::Ehostunreach);
+        let settings = Settings::read_from_bytes(settings.as_bytes()).unwrap();
+        assert!(settings.is_there() && !Settings::ABSENT.is_there());
+        assert_eq!((settings.default_action(), settings.replies()), (Ok(Action::Deny), Ok(Action::Deny)));
+        assert_eq!((settings.sockets(), settings.refusal()), (sockets, Ok(Refusal::Ehostunreach)));
+        assert_eq!(Settings::new(Action::Allow).replies(), Ok(Action::Allow));
+    }
+}
