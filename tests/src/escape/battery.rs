@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use super::{
     Act, Destinations, Place, Vector, Who,
+    expectations::{closed_as_a_whole, documented},
     prisoner::{Attempt, Prisoner},
     sniffer::reaches,
     target::{NEAR4, NEAR6, OPEN, PORT, Permission, Target},
@@ -247,22 +248,24 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What is wrong with the results: leaks that are not in the list, entries of the list that do not leak, allowed
+/// What is wrong with the results: leaks that are not in the list, entries of the lists that do not hold, allowed
 /// destinations that cannot be reached, and cases that show nothing.
 pub fn faults(cases: &[Case]) -> Vec<String> {
     cases.iter().filter_map(|case| fault(case).map(|what| format!("{case}: {what}"))).collect()
 }
 
 fn fault(case: &Case) -> Option<&'static str> {
-    let documented = super::expectations::documented(case.vector.name, case.who);
-    match (&case.verdict, case.permission, documented) {
-        (Verdict::Leaked, _, None) => Some("a leak that is not documented"),
-        (Verdict::Blocked(_), Permission::Refused, Some(_)) => Some("documented as a leak, and closed"),
-        (Verdict::Blocked(_), Permission::Allowed, _) if !super::expectations::costs(case.vector.name) => {
-            Some("an allowed destination that cannot be reached")
+    let documented = documented(case.vector.name, case.who).is_some();
+    let closed = closed_as_a_whole(case.vector.name).is_some();
+    match (&case.verdict, case.permission) {
+        (Verdict::Leaked, _) if !documented => Some("a leak that is not documented"),
+        (Verdict::Blocked(_), Permission::Refused) if documented => Some("documented as a leak, and closed"),
+        (Verdict::Blocked(_), Permission::Allowed) if !closed => Some("an allowed destination that cannot be reached"),
+        (Verdict::Allowed, _) if closed => Some("listed as closed whatever its destination, and open"),
+        (Verdict::Blind(_), _) => Some("does not show anything"),
+        (Verdict::Stayed | Verdict::Unsupported(_) | Verdict::Leaked | Verdict::Allowed | Verdict::Blocked(_), _) => {
+            None
         }
-        (Verdict::Blind(_), ..) => Some("does not show anything"),
-        _ => None,
     }
 }
 

@@ -13,6 +13,8 @@ use crate::escape::{
 };
 
 const IPV6_FREEBIND: i32 = 78;
+const IPV6_TRANSPARENT: i32 = 75;
+const IP_FREEBIND: i32 = 15;
 const IP_TRANSPARENT: i32 = 19;
 /// Where the process itself listens.
 const OWN_PORT: u16 = 4001;
@@ -32,6 +34,15 @@ pub const VECTORS: &[Vector] = &[
         let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
         send_to(&socket, DATA, 0, closed6())
     }),
+    Vector::new("ICMPv6 error to a source forged by IP_FREEBIND on an IPv6 socket", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IP, IP_FREEBIND))?;
+        send_to(&socket, DATA, 0, closed6())
+    }),
+    Vector::new("ICMPv6 error to a source forged by IPV6_TRANSPARENT", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_TRANSPARENT))?;
+        send_to(&socket, DATA, 0, closed6())
+    })
+    .root_only(),
     Vector::new("ICMPv6 error to a source forged by IPV6_PKTINFO", |target| {
         let socket = datagram(at(target.v6()))?;
         number_option(&socket, libc::IPPROTO_IPV6, IPV6_FREEBIND, 1)?;
@@ -90,14 +101,10 @@ pub const VECTORS: &[Vector] = &[
         connect(&socket, own)
     })
     .root_only(),
-    Vector::prepared(
-        "ICMPv6 error to a source forged by IPV6_FREEBIND before the filter",
-        Place::BeforeAttach,
-        |target| {
-            let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
-            Ok(Box::new(move || send_to(&socket, DATA, 0, closed6())))
-        },
-    ),
+    Vector::prepared("source bound before the filter by IPV6_FREEBIND, ICMPv6 error", Place::BeforeAttach, |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        Ok(Box::new(move || send_to(&socket, DATA, 0, closed6())))
+    }),
     Vector::new("IGMP report of a membership", |target| {
         let request = [target.group4().octets(), [0; 4], near_index()?.to_ne_bytes()].concat();
         report(at(target.group4()), libc::IPPROTO_IP, libc::IP_ADD_MEMBERSHIP, &request)

@@ -19,6 +19,11 @@ const IPV6_2292PKTOPTIONS: i32 = 6;
 const IPV6_2292RTHDR: i32 = 5;
 /// The option and the kind of control message.
 pub const IPV6_RTHDR: i32 = 57;
+const IPV6_HOPOPTS: i32 = 54;
+const IPV6_RTHDRDSTOPTS: i32 = 55;
+const IPV6_DSTOPTS: i32 = 59;
+/// A header of options with nothing in it.
+const PADDING: [u8; 8] = [0, 0, 1, 4, 0, 0, 0, 0];
 /// Needs `CONFIG_IPV6_MIP6`.
 const MOBILE: u8 = 2;
 /// Needs nothing.
@@ -50,6 +55,13 @@ pub const VECTORS: &[Vector] = &[
         let socket = datagram(at(target.friend4()))?;
         connect(&socket, at(target.friend4()))?;
         send_message(&socket, None, &[(libc::IPPROTO_IP, IP_RETOPTS, &route4(LOOSE, target))])
+    })
+    .root_only(),
+    Vector::new("LSRR by IP_OPTIONS on an IPv6 socket, sendto", |target| {
+        let to = at(target.friend4().to_ipv6_mapped());
+        let socket = datagram(to)?;
+        option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
+        send_to(&socket, DATA, 0, to)
     })
     .root_only(),
     Vector::new("LSRR to the loopback, TCP", |target| {
@@ -93,6 +105,26 @@ pub const VECTORS: &[Vector] = &[
         set_route6(&socket, target, SEGMENTS)?;
         Ok(Box::new(move || send_to(&socket, DATA, 0, at(target.friend6()))))
     }),
+    Vector::prepared("routing header 4 set before the filter, TCP connect", Place::BeforeAttach, |target| {
+        let socket = stream(at(target.friend6()))?;
+        set_route6(&socket, target, SEGMENTS)?;
+        Ok(Box::new(move || connect(&socket, at(target.friend6()))))
+    }),
+    Vector::prepared("routing header 4 set before the filter behind other options", Place::BeforeAttach, |target| {
+        let socket = datagram(at(target.friend6()))?;
+        for name in [IPV6_HOPOPTS, IPV6_RTHDRDSTOPTS, IPV6_DSTOPTS] {
+            option(&socket, libc::IPPROTO_IPV6, name, &PADDING)?;
+        }
+        set_route6(&socket, target, SEGMENTS)?;
+        Ok(Box::new(move || send_to(&socket, DATA, 0, at(target.friend6()))))
+    })
+    .root_only(),
+    Vector::prepared("LSRR set before the filter, TCP connect", Place::BeforeAttach, |target| {
+        let socket = stream(at(target.friend4()))?;
+        option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
+        Ok(Box::new(move || connect(&socket, at(target.friend4()))))
+    })
+    .root_only(),
     Vector::prepared("LSRR set before the filter, UDP sendto", Place::BeforeAttach, |target| {
         let socket = datagram(at(target.friend4()))?;
         option(&socket, libc::IPPROTO_IP, IP_OPTIONS, &route4(LOOSE, target))?;
