@@ -227,7 +227,19 @@ fn judge_by_arrival(attempt: &Attempt, open: &Seen, closed: &Seen) -> Verdict {
 
 /// How a kernel says that it does not have something. Others, as that something is in use, are faults of the battery.
 fn lacks(seen: &Seen) -> bool {
-    let words = ["NOSUPPORT", "OPNOTSUPP", "NOPROTOOPT", "ENOSYS", "EINVAL", "ENODEV", "ENOENT", "EPERM"];
+    let words = [
+        "NOSUPPORT",
+        "OPNOTSUPP",
+        "NOPROTOOPT",
+        "ENOSYS",
+        "EINVAL",
+        "ENODEV",
+        "ENOENT",
+        "EPERM",
+        // Older kernels overlook the address of a `send`, and let no ring that polls use files it does not hold.
+        "EDESTADDRREQ",
+        "EBADF",
+    ];
     seen.outcome.as_ref().is_err_and(|how| words.iter().any(|word| how.contains(word)))
 }
 

@@ -22,7 +22,7 @@ const SOCKETS: &str = "raw, ping, UDP-Lite, SCTP and packet sockets";
 const OUTSIDE: &str = "sockets made outside the filtered cgroup, or before it was filtered";
 const OPEN_BEFORE: &str = "connections that were open when the filter was attached or a policy changed";
 const CAPABLE: &str = "root in the workload with `CAP_SYS_ADMIN`, `CAP_BPF` or `CAP_NET_ADMIN`";
-const FORGED: &str = "answers of the kernel to a packet with a forged source";
+const FORGED: &str = "answers to a packet with a forged source";
 const REPORTS: &str = "reports of memberships in multicast groups";
 const KERNEL: &str = "the kernel's own sockets";
 
@@ -35,6 +35,7 @@ pub const DOCUMENTED: &[Documented] = &[
     known("RDS", ANYBODY, KERNEL, "lsm"),
     known("VXLAN tunnel", ROOT, CAPABLE, "none"),
     known("source bound before the filter", ANYBODY, FORGED, "bind hook"),
+    known("where ip_nonlocal_bind is set", ANYBODY, FORGED, "none"),
     known("IGMP report", ANYBODY, REPORTS, "setsockopt"),
     known("MLD report", ANYBODY, REPORTS, "setsockopt"),
     known("connected before the filter", ANYBODY, OPEN_BEFORE, "existing: Terminate"),

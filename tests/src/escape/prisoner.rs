@@ -184,6 +184,7 @@ fn name_of(errno: i32) -> String {
     let names = [
         (libc::EPERM, "EPERM"),
         (libc::ENOENT, "ENOENT"),
+        (libc::EBADF, "EBADF"),
         (libc::EAGAIN, "EAGAIN"),
         (libc::EBUSY, "EBUSY"),
         (libc::EEXIST, "EEXIST"),

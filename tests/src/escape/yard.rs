@@ -36,7 +36,8 @@ pub struct Namespace(OwnedFd);
 pub struct Yard {
     /// Where prisoners stand.
     pub near: Namespace,
-    /// Another near one, with an interface of its own to the far one.
+    /// Another near one, with an interface of its own to the far one. There IPv6 sockets may be bound to addresses that
+    /// are somebody else's, as on hosts that take addresses over from others.
     pub elsewhere: Namespace,
     far: Namespace,
     sniffers: [Sniffer; 2],
@@ -88,6 +89,9 @@ impl Yard {
         for namespace in [&near, &elsewhere] {
             namespace.run(furnish_near).context("the near namespace")??;
         }
+        elsewhere
+            .run(|| fs::write("/proc/sys/net/ipv6/ip_nonlocal_bind", "1"))?
+            .context("net.ipv6.ip_nonlocal_bind")?;
         Ok(Self { near, elsewhere, far, sniffers, _listeners: listeners, _datagrams: datagrams })
     }
 

@@ -16,6 +16,8 @@ const IPV6_FREEBIND: i32 = 78;
 const IPV6_TRANSPARENT: i32 = 75;
 const IP_FREEBIND: i32 = 15;
 const IP_TRANSPARENT: i32 = 19;
+/// Sets what is set anyway.
+const NO_OPTION: (i32, i32) = (libc::SOL_SOCKET, libc::SO_REUSEADDR);
 /// Where the process itself listens.
 const OWN_PORT: u16 = 4001;
 /// Where nobody listens.
@@ -101,6 +103,30 @@ pub const VECTORS: &[Vector] = &[
         connect(&socket, own)
     })
     .root_only(),
+    Vector::new("where ip_nonlocal_bind is set: answer of a UDP socket to a forged source", |target| {
+        answer(at(target.v6()), own6(), NO_OPTION)
+    })
+    .placed(Place::Elsewhere),
+    Vector::new("where ip_nonlocal_bind is set: ICMPv6 error to a forged source", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, NO_OPTION)?;
+        send_to(&socket, DATA, 0, closed6())
+    })
+    .placed(Place::Elsewhere),
+    Vector::new("where ip_nonlocal_bind is set: TCP SYN-ACK to a forged source", |target| {
+        let listener = stream(own6())?;
+        bind(&listener, own6())?;
+        listen(&listener)?;
+        connect(&forging(at(target.v6()), libc::SOCK_STREAM, NO_OPTION)?, own6())
+    })
+    .placed(Place::Elsewhere),
+    Vector::new("where ip_nonlocal_bind is set: TCP SYN-ACK from this host to a forged source", |target| {
+        let own = SocketAddr::new(NEAR6.into(), OWN_PORT);
+        let listener = stream(own)?;
+        bind(&listener, own)?;
+        listen(&listener)?;
+        connect(&forging(at(target.v6()), libc::SOCK_STREAM, NO_OPTION)?, own)
+    })
+    .placed(Place::Elsewhere),
     Vector::prepared("source bound before the filter by IPV6_FREEBIND, ICMPv6 error", Place::BeforeAttach, |target| {
         let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
         Ok(Box::new(move || send_to(&socket, DATA, 0, closed6())))
