@@ -1,13 +1,18 @@
 //! Fills what a scope's rules become in the kernel: a trie and an array of segments for each view.
 
-use std::{io, thread, time::Duration};
+use std::{
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+    thread,
+    time::Duration,
+};
 
-use aya::maps::{Array, LpmTrie, MapData, MapError, lpm_trie::Key};
-use egress_common::{Entries, Entry, RuleId, Segment, View, map};
+use aya::maps::{Array, LpmTrie, Map, MapData, MapError};
+use egress_common::{Entries, Entry, PrefixKey, RuleId, Segment, View, map};
 use rustix::io::Errno;
 use zerocopy::transmute;
 
-use super::{DataplaneError, failed};
+use super::{DataplaneError, failed, sys};
 use crate::{
     prefix::Prefix,
     ruleset::{Table, in_slot},
@@ -46,42 +51,72 @@ fn fill_segments(table: &Table, ids: &[RuleId]) -> Result<Segments, DataplaneErr
     Ok(array)
 }
 
+/// How many prefixes go to the kernel in one call.
+const BATCH: usize = 4096;
+
 /// Fills a trie of the right size, in the order of the table, which is the fastest.
 fn fill_trie(view: View, table: &Table, ids: &[RuleId]) -> Result<Trie, DataplaneError> {
     let size = u32::try_from(table.entries().len()).unwrap_or(u32::MAX);
     let slot = u16::try_from(view.index()).expect("there are fewer than 65,536 views: see MAX_SCOPES");
-    let mut trie = Trie::create(size, NO_PREALLOC).map_err(|cause| failed(map::POLICY, "create", cause))?;
-    let values: Vec<[u8; 16]> =
-        table.values().iter().map(|&value| transmute!(in_slot(named_entry(value, ids), slot))).collect();
-    for (prefix, value) in table.entries() {
-        insert(&mut trie, prefix, values[value as usize])?;
+    let element = |what| move |cause| DataplaneError::Element { name: map::POLICY, what, cause };
+    let trie = sys::create_trie::<PrefixKey, Entry>(size).map_err(element("create"))?;
+    let values: Vec<Entry> = table.values().iter().map(|&value| in_slot(named_entry(value, ids), slot)).collect();
+    let entries: Vec<(Prefix, u32)> = table.entries().collect();
+    for batch in entries.chunks(BATCH) {
+        let keys: Vec<PrefixKey> = batch.iter().map(|(prefix, _)| prefix.key()).collect();
+        let values: Vec<Entry> = batch.iter().map(|&(_, value)| values[value as usize]).collect();
+        insert(trie.as_fd(), &keys, &values).map_err(element("fill"))?;
     }
-    Ok(trie)
+    let open = |cause| failed(map::POLICY, "open", cause);
+    Map::LpmTrie(MapData::from_fd(trie).map_err(open)?).try_into().map_err(open)
 }
 
-fn insert(trie: &mut Trie, prefix: Prefix, value: [u8; 16]) -> Result<(), DataplaneError> {
-    let address: [u8; 16] = transmute!(prefix.address());
-    let key = Key::new(prefix.length().into(), address);
-    patiently(|| trie.insert(&key, value, 0)).map_err(|cause| failed(map::POLICY, "fill", cause))
+/// Inserts elements in one call; one by one where the kernel's tries do not take many at a time (before 5.19).
+fn insert(trie: BorrowedFd<'_>, keys: &[PrefixKey], values: &[Entry]) -> io::Result<()> {
+    /// Of `linux/errno.h`, which no libc knows.
+    const ENOTSUPP: i32 = 524;
+    let mut taken = 0;
+    let inserted = patiently(|| {
+        let (more, result) = sys::update_batch(trie, &keys[taken..], &values[taken..]);
+        taken += more;
+        result
+    });
+    match inserted {
+        Err(error) if error.raw_os_error() == Some(ENOTSUPP) => {
+            keys.iter().zip(values).try_for_each(|(key, value)| patiently(|| sys::update(trie, key, value)))
+        }
+        result => result,
+    }
 }
 
 /// Elements come from a per-CPU cache that the kernel refills behind our back: when it runs dry, it says `ENOMEM` once and
 /// has some a moment later.
-pub(super) fn patiently(mut call: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
+pub(super) fn patiently<E: Passing>(mut call: impl FnMut() -> Result<(), E>) -> Result<(), E> {
     const PATIENCE: u32 = 100;
     for _ in 0..PATIENCE {
         match call() {
-            Err(MapError::SyscallError(error)) if is_passing(&error.io_error) => {
-                thread::sleep(Duration::from_millis(1));
-            }
+            Err(error) if error.is_passing() => thread::sleep(Duration::from_millis(1)),
             result => return result,
         }
     }
     call()
 }
 
-fn is_passing(error: &io::Error) -> bool {
-    [Errno::NOMEM, Errno::AGAIN].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+/// An error that may be gone a moment later.
+pub(super) trait Passing {
+    fn is_passing(&self) -> bool;
+}
+
+impl Passing for io::Error {
+    fn is_passing(&self) -> bool {
+        [Errno::NOMEM, Errno::AGAIN].iter().any(|errno| self.raw_os_error() == Some(errno.raw_os_error()))
+    }
+}
+
+impl Passing for MapError {
+    fn is_passing(&self) -> bool {
+        matches!(self, Self::SyscallError(error) if error.io_error.is_passing())
+    }
 }
 
 /// A value of a ruleset with its rule in the kernel's numbering.

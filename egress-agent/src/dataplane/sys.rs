@@ -10,12 +10,42 @@ use std::{
     path::Path,
 };
 
+use zerocopy::IntoBytes;
+
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
+
+/// The attributes of `BPF_MAP_CREATE`, as far as they are used.
+#[repr(C)]
+struct Create {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+/// The attributes of `BPF_MAP_UPDATE_BATCH`.
+#[repr(C)]
+struct Batch {
+    /// Cursors, which only look-ups use.
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    /// In: how many there are. Out: how many were taken.
+    count: u32,
+    map_fd: u32,
+    element_flags: u64,
+    flags: u64,
+}
 
 /// The attributes of a call on one element of a map.
 #[repr(C)]
@@ -69,6 +99,46 @@ struct LinkInfo {
     cgroup_id: u64,
     attach_type: u32,
     reserved: u32,
+}
+
+/// Creates a trie (`BPF_MAP_TYPE_LPM_TRIE`) of elements of these sizes, without preallocation, as every trie is.
+pub(super) fn create_trie<K, V>(max_entries: u32) -> io::Result<OwnedFd> {
+    const LPM_TRIE: u32 = 11;
+    const NO_PREALLOC: u32 = 1;
+    let size = |size: usize| u32::try_from(size).expect("keys and values are small");
+    let (key_size, value_size) = (size(size_of::<K>()), size(size_of::<V>()));
+    let fd = call(BPF_MAP_CREATE, &Create { kind: LPM_TRIE, key_size, value_size, max_entries, flags: NO_PREALLOC })?;
+    // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Puts elements into a map whose keys and values have these types; tells how many of them it took.
+pub(super) fn update_batch<K: IntoBytes, V: IntoBytes>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> (usize, io::Result<()>) {
+    let count = u32::try_from(keys.len().min(values.len())).unwrap_or(u32::MAX);
+    let (keys, values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
+    let (from, to, element_flags, flags) = (0, 0, 0, 0);
+    let mut batch = Batch { from, to, keys, values, count, map_fd: fd(map), element_flags, flags };
+    // SAFETY: the kernel reads the batch and writes its count; it reads `count` keys and values of the map's sizes, which
+    // `create_trie` took from the same types.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_UPDATE_BATCH, &raw mut batch, size_of::<Batch>()) };
+    if result == 0 {
+        return (count as usize, Ok(()));
+    }
+    let error = io::Error::last_os_error();
+    // Where the kernel did not get as far as the elements, it leaves the count as it was.
+    let taken = if batch.count == count { 0 } else { batch.count as usize };
+    (taken, Err(error))
+}
+
+/// Puts one element into a map whose keys and values have these types.
+pub(super) fn update<K: IntoBytes, V: IntoBytes>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    let (padding, flags) = (0, 0);
+    let (key, value) = (&raw const *key as u64, &raw const *value as u64);
+    call(BPF_MAP_UPDATE_ELEM, &Element { map_fd: fd(map), padding, key, value, flags }).map(drop)
 }
 
 /// Attaches a program to a cgroup, beside those of others (`BPF_F_ALLOW_MULTI`, as for every link), until the link is closed
