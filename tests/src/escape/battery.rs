@@ -1,6 +1,11 @@
 //! Runs every attempt, first without a filter and then with one, and says what each shows.
 
-use std::{collections::BTreeMap, fmt, fs};
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, bail};
 
@@ -18,6 +23,9 @@ use crate::{
     cgroup::Cgroup,
     foreign::{Attached, Hook, How, Program},
 };
+
+/// How long the kernel may take for what it sends by itself after a call that went well.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// What a case shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -193,8 +201,20 @@ impl Grounds {
             Ok(()) => prisoner.act()?,
             Err(error) => Err(error),
         };
-        let arrived = self.yard.arrived()?.iter().any(|frame| reaches(frame, attempt.target));
+        let mut arrived = self.has_reached(attempt.target)?;
+        if outcome.is_ok() && attempt.vector.destinations != Destinations::Here {
+            // The kernel may be about to send by itself, and tells nobody.
+            let deadline = Instant::now() + GRACE;
+            while !arrived && Instant::now() < deadline {
+                sleep(GRACE / 20);
+                arrived = self.has_reached(attempt.target)?;
+            }
+        }
         Ok(Seen { arrived, outcome })
+    }
+
+    fn has_reached(&mut self, target: Target) -> Result<bool> {
+        Ok(self.yard.arrived()?.iter().any(|frame| reaches(frame, target)))
     }
 }
 
