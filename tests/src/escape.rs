@@ -69,6 +69,8 @@ pub enum Place {
     Threaded,
     /// Inside, in another network namespace.
     Elsewhere,
+    /// Inside, and the far namespace tells its MPTCP peers that it has the target's address, too.
+    Announced,
 }
 
 /// Which destinations a vector can have.
@@ -89,9 +91,9 @@ pub type Rest = Box<dyn FnOnce() -> Outcome>;
 #[derive(Debug, Clone, Copy)]
 pub enum Act {
     /// All at once.
-    Once(fn(&Target) -> Outcome),
+    Once(fn(Target) -> Outcome),
     /// Something before it is moved, or before the filter is there, and the rest after that.
-    Twice(fn(&Target) -> Outcome<Rest>),
+    Twice(fn(Target) -> Outcome<Rest>),
 }
 
 /// A way out.
@@ -113,12 +115,12 @@ pub struct Vector {
 
 impl Vector {
     /// A way that everybody can go on every kernel.
-    pub const fn new(name: &'static str, act: fn(&Target) -> Outcome) -> Self {
+    pub const fn new(name: &'static str, act: fn(Target) -> Outcome) -> Self {
         Self::with(name, Place::Inside, Act::Once(act))
     }
 
     /// A way in two steps.
-    pub const fn prepared(name: &'static str, place: Place, prepare: fn(&Target) -> Outcome<Rest>) -> Self {
+    pub const fn prepared(name: &'static str, place: Place, prepare: fn(Target) -> Outcome<Rest>) -> Self {
         Self::with(name, place, Act::Twice(prepare))
     }
 
@@ -127,26 +129,31 @@ impl Vector {
     }
 
     /// Only root can go it.
+    #[must_use]
     pub const fn root_only(self) -> Self {
         Self { root_only: true, ..self }
     }
 
     /// Some kernels lack it.
+    #[must_use]
     pub const fn needs(self, feature: &'static str) -> Self {
         Self { needs: Some(feature), ..self }
     }
 
     /// No policy can name its destinations.
+    #[must_use]
     pub const fn only_refused(self) -> Self {
         Self { destinations: Destinations::Refused, ..self }
     }
 
     /// It does not leave this machine.
+    #[must_use]
     pub const fn stays_here(self) -> Self {
         Self { destinations: Destinations::Here, ..self }
     }
 
     /// It is tried somewhere else.
+    #[must_use]
     pub const fn placed(self, place: Place) -> Self {
         Self { place, ..self }
     }

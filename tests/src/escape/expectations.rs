@@ -19,25 +19,91 @@ const ANYBODY: &[Who] = &[Who::Root, Who::User];
 const ROOT: &[Who] = &[Who::Root];
 
 const SOCKETS: &str = "raw, ping, UDP-Lite, SCTP and packet sockets";
-const ROUTES: &str = "IPv6 routing headers, and for root IPv4 source routes, on an allowed destination";
 const OUTSIDE: &str = "sockets made outside the filtered cgroup, or before it was filtered";
 const OPEN_BEFORE: &str = "connections that were open when the filter was attached or a policy changed";
 const CAPABLE: &str = "root in the workload with `CAP_SYS_ADMIN`, `CAP_BPF` or `CAP_NET_ADMIN`";
-const LOOPBACK: &str = "127.0.0.0/8 on a socket bound to another interface";
+const FORGED: &str = "answers to a packet with a forged source";
+const REPORTS: &str = "reports of memberships in multicast groups";
+const KERNEL: &str = "the kernel's own sockets";
 
 /// The ways.
-pub const DOCUMENTED: &[Documented] = &[];
+pub const DOCUMENTED: &[Documented] = &[
+    known("packet socket", ROOT, SOCKETS, "lsm"),
+    known("XDP socket", ROOT, SOCKETS, "lsm"),
+    known("PPPoE socket", ANYBODY, SOCKETS, "lsm"),
+    known("vsock to a process", ANYBODY, SOCKETS, "lsm"),
+    known("RDS", ANYBODY, KERNEL, "lsm"),
+    known("VXLAN tunnel", ROOT, CAPABLE, "none"),
+    known("source bound before the filter", ANYBODY, FORGED, "bind hook"),
+    known("where ip_nonlocal_bind is set", ANYBODY, FORGED, "none"),
+    known("IGMP report", ANYBODY, REPORTS, "setsockopt"),
+    known("MLD report", ANYBODY, REPORTS, "setsockopt"),
+    known("connected before the filter", ANYBODY, OPEN_BEFORE, "existing: Terminate"),
+    known("made in another cgroup", ANYBODY, OUTSIDE, "lsm"),
+    known("passed by SCM_RIGHTS", ANYBODY, OUTSIDE, "lsm"),
+    known("taken by pidfd_getfd", ANYBODY, OUTSIDE, "lsm"),
+    known("inherited across exec", ANYBODY, OUTSIDE, "lsm"),
+    known("by a child that moves itself", ROOT, CAPABLE, "none"),
+];
+
+const fn known(vector: &'static str, who: &'static [Who], row: &'static str, layer: &'static str) -> Documented {
+    Documented { vector, who, row, layer }
+}
 
 /// Whether a leak is known, and where it is documented.
 pub fn documented(vector: &str, who: Who) -> Option<&'static Documented> {
-    DOCUMENTED.iter().find(|known| vector.starts_with(known.vector) && known.who.contains(&who))
+    let named = DOCUMENTED.iter().find(|known| vector.starts_with(known.vector));
+    named.filter(|known| known.who.contains(&who))
 }
 
-/// Vectors that are closed by refusing the socket or the option, whatever the destination: there an allowed destination
-/// is refused, too.
-const CLOSED_AS_A_WHOLE: &[&str] = &[];
+/// A way that is closed by another layer than the hooks for `connect` and `sendmsg`.
+#[derive(Debug, Clone, Copy)]
+pub struct Closed {
+    /// The names of vectors that begin so.
+    pub vector: &'static str,
+    /// What closes it. It does not ask for the destination: an allowed one is refused, too.
+    pub layer: &'static str,
+}
 
-/// Whether a vector is refused for allowed destinations, too.
-pub fn costs(vector: &str) -> bool {
-    CLOSED_AS_A_WHOLE.iter().any(|name| vector.starts_with(name))
+/// Those ways.
+pub const CLOSED: &[Closed] = &[
+    closed("raw IPv", "sock_create"),
+    closed("ping socket", "sock_create"),
+    closed("UDP-Lite", "sock_create"),
+    closed("SCTP", "sock_create"),
+    closed("DCCP", "sock_create"),
+    closed("L2TP-IP", "sock_create"),
+    closed("answer of a UDP socket to a source forged by a raw socket", "sock_create"),
+    closed("ICMP error to a source forged by a raw socket", "sock_create"),
+    closed("ICMP echo reply to a source forged by a raw socket", "sock_create"),
+    closed("ICMPv6 echo reply", "sock_create"),
+    closed("io_uring setsockopt of a routing header", "setsockopt"),
+    closed("answer of a UDP socket to a source forged", "setsockopt"),
+    closed("ICMPv6 error", "setsockopt"),
+    closed("ICMP error", "setsockopt"),
+    closed("TCP SYN-ACK", "setsockopt"),
+    closed("TCP reset", "setsockopt"),
+    closed("LSRR by IP_RETOPTS", "packet guard"),
+    closed("SSRR by IP_RETOPTS", "packet guard"),
+    closed("LSRR set before the filter", "packet guard"),
+    closed("LSRR", "setsockopt"),
+    closed("SSRR", "setsockopt"),
+    closed("routing header 4 set before the filter", "packet guard"),
+    closed("routing header 4 by ancillary", "packet guard"),
+    closed("routing header 2 by ancillary", "packet guard"),
+    closed("routing header 2 by IPV6_FLOWLABEL_MGR", "packet guard"),
+    closed("routing header", "setsockopt"),
+    closed("TCP connect to 127.0.0.0/8", "packet guard"),
+    closed("UDP to 127.0.0.0/8", "packet guard"),
+    closed("UDP to ::ffff:127.0.0.0/104", "packet guard"),
+    closed("UDP to ::1", "packet guard"),
+];
+
+const fn closed(vector: &'static str, layer: &'static str) -> Closed {
+    Closed { vector, layer }
+}
+
+/// The layer that closes a vector whatever its destination, if one does.
+pub fn closed_as_a_whole(vector: &str) -> Option<&'static Closed> {
+    CLOSED.iter().find(|way| vector.starts_with(way.vector))
 }

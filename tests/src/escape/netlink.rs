@@ -36,6 +36,23 @@ const RTN_LOCAL: u8 = 2;
 const RT_SCOPE_LINK: u8 = 253;
 const RT_SCOPE_HOST: u8 = 254;
 
+const GENL_ID_CTRL: u16 = 16;
+const CTRL_CMD_GETFAMILY: u8 = 3;
+const CTRL_ATTR_FAMILY_ID: u16 = 1;
+const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+const NLA_F_NESTED: u16 = 1 << 15;
+const MPTCP_PM_CMD_ADD_ADDR: u8 = 1;
+const MPTCP_PM_CMD_FLUSH_ADDRS: u8 = 4;
+const MPTCP_PM_CMD_SET_LIMITS: u8 = 5;
+const MPTCP_PM_ATTR_ADDR: u16 = 1;
+const MPTCP_PM_ATTR_RCV_ADD_ADDRS: u16 = 2;
+const MPTCP_PM_ATTR_SUBFLOWS: u16 = 3;
+const MPTCP_PM_ADDR_ATTR_FAMILY: u16 = 1;
+const MPTCP_PM_ADDR_ATTR_ADDR4: u16 = 3;
+const MPTCP_PM_ADDR_ATTR_ADDR6: u16 = 4;
+const MPTCP_PM_ADDR_ATTR_FLAGS: u16 = 6;
+const MPTCP_PM_ADDR_FLAG_SIGNAL: u32 = 1;
+
 /// What a route does with packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
@@ -58,9 +75,9 @@ pub fn pair(near: &str, far: &str, namespace: &OwnedFd) -> Result<()> {
     create(libc::RTM_NEWLINK, &body).with_context(|| format!("cannot make the pair {near} and {far}"))
 }
 
-/// Makes a VXLAN tunnel to one remote host.
-pub fn tunnel(name: &str, remote: std::net::Ipv4Addr) -> io::Result<()> {
-    let mut data = attribute(IFLA_VXLAN_ID, &7_u32.to_ne_bytes());
+/// Makes a VXLAN tunnel of a number to one remote host.
+pub fn tunnel(name: &str, id: u32, remote: std::net::Ipv4Addr) -> io::Result<()> {
+    let mut data = attribute(IFLA_VXLAN_ID, &(id & 0xff_ffff).to_ne_bytes());
     data.extend(attribute(IFLA_VXLAN_GROUP, &remote.octets()));
     data.extend(attribute(IFLA_VXLAN_PORT, &VXLAN_PORT.to_be_bytes()));
     let mut body = header(0, 0);
@@ -72,6 +89,11 @@ pub fn tunnel(name: &str, remote: std::net::Ipv4Addr) -> io::Result<()> {
 pub fn set_up(index: u32) -> io::Result<()> {
     let flags = (libc::IFF_UP | libc::IFF_NOARP).cast_unsigned();
     request(libc::RTM_NEWLINK, 0, &header(index, flags))
+}
+
+/// Removes an interface.
+pub fn remove(index: u32) -> io::Result<()> {
+    request(libc::RTM_DELLINK, 0, &header(index, 0))
 }
 
 /// Gives an interface an address at once, without a check for duplicates.
@@ -106,6 +128,46 @@ pub fn index(name: &str) -> io::Result<u32> {
         0 => Err(io::Error::last_os_error()),
         index => Ok(index),
     }
+}
+
+/// Lets MPTCP connections of this namespace use addresses that their peers announce.
+pub fn accept_announcements() -> io::Result<()> {
+    let limits = [(MPTCP_PM_ATTR_RCV_ADD_ADDRS, 8_u32), (MPTCP_PM_ATTR_SUBFLOWS, 8)];
+    let body = limits.map(|(kind, limit)| attribute(kind, &limit.to_ne_bytes())).concat();
+    multipath(MPTCP_PM_CMD_SET_LIMITS, &body)
+}
+
+/// Announces an address to the peers of MPTCP connections of this namespace, and no other.
+pub fn announce(address: IpAddr) -> io::Result<()> {
+    multipath(MPTCP_PM_CMD_FLUSH_ADDRS, &[])?;
+    let family = u16::from(family(address));
+    let kind = if address.is_ipv4() { MPTCP_PM_ADDR_ATTR_ADDR4 } else { MPTCP_PM_ADDR_ATTR_ADDR6 };
+    let mut endpoint = attribute(MPTCP_PM_ADDR_ATTR_FAMILY, &family.to_ne_bytes());
+    endpoint.extend(attribute(kind, &octets(address)));
+    endpoint.extend(attribute(MPTCP_PM_ADDR_ATTR_FLAGS, &MPTCP_PM_ADDR_FLAG_SIGNAL.to_ne_bytes()));
+    multipath(MPTCP_PM_CMD_ADD_ADDR, &attribute(MPTCP_PM_ATTR_ADDR | NLA_F_NESTED, &endpoint))
+}
+
+/// A request to the path manager of MPTCP, which is a family of generic netlink.
+fn multipath(command: u8, body: &[u8]) -> io::Result<()> {
+    let name = attribute(CTRL_ATTR_FAMILY_NAME, &text("mptcp_pm"));
+    let question = message(GENL_ID_CTRL, 0, &[&[CTRL_CMD_GETFAMILY, 1, 0, 0][..], &name].concat());
+    let family = family_id(&exchange(libc::NETLINK_GENERIC, &question)?)?;
+    let body = [&[command, 1, 0, 0][..], body].concat();
+    answer(&exchange(libc::NETLINK_GENERIC, &message(family, libc::NLM_F_ACK, &body))?)
+}
+
+/// The number of a family is an attribute of the answer, or the answer is an error.
+fn family_id(told: &[u8]) -> io::Result<u16> {
+    let mut rest = told.get(20..).unwrap_or_default();
+    while let [low, high, kind, 0, value @ ..] = rest {
+        let length = usize::from(u16::from_ne_bytes([*low, *high]));
+        if u16::from(*kind) == CTRL_ATTR_FAMILY_ID && value.len() >= 2 {
+            return Ok(u16::from_ne_bytes([value[0], value[1]]));
+        }
+        rest = rest.get(length.max(4).next_multiple_of(4)..).unwrap_or_default();
+    }
+    answer(told).and(Err(io::ErrorKind::NotFound.into()))
 }
 
 fn link(name: &str, kind: &str, data: &[u8]) -> Vec<u8> {
@@ -151,19 +213,23 @@ fn create(kind: u16, body: &[u8]) -> io::Result<()> {
 
 /// Makes one request and waits for its answer.
 fn request(kind: u16, flags: i32, body: &[u8]) -> io::Result<()> {
-    let flags = u16::try_from(libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags).expect("flags have 16 bits");
+    answer(&exchange(libc::NETLINK_ROUTE, &message(kind, libc::NLM_F_ACK | flags, body))?)
+}
+
+fn message(kind: u16, flags: i32, body: &[u8]) -> Vec<u8> {
+    let flags = u16::try_from(libc::NLM_F_REQUEST | flags).expect("flags have 16 bits");
     let length = u32::try_from(body.len() + 16).expect("requests are short");
     let mut message = length.to_ne_bytes().to_vec();
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
     message.extend([0; 8]);
     message.extend(body);
-    answer(&exchange(&message)?)
+    message
 }
 
-fn exchange(message: &[u8]) -> io::Result<Vec<u8>> {
+fn exchange(protocol: i32, message: &[u8]) -> io::Result<Vec<u8>> {
     // SAFETY: no pointer is passed.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

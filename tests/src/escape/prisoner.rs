@@ -127,9 +127,9 @@ pub fn attempt(arguments: &[String]) -> Result<()> {
     match vector.act {
         Act::Once(act) => {
             await_order("ready")?;
-            tell(act(&target))
+            tell(act(target))
         }
-        Act::Twice(prepare) => match prepare(&target) {
+        Act::Twice(prepare) => match prepare(target) {
             Ok(rest) => {
                 await_order("ready")?;
                 tell(rest())
@@ -184,7 +184,10 @@ fn name_of(errno: i32) -> String {
     let names = [
         (libc::EPERM, "EPERM"),
         (libc::ENOENT, "ENOENT"),
+        (libc::EBADF, "EBADF"),
         (libc::EAGAIN, "EAGAIN"),
+        (libc::EBUSY, "EBUSY"),
+        (libc::EEXIST, "EEXIST"),
         (libc::EACCES, "EACCES"),
         (libc::EINVAL, "EINVAL"),
         (libc::ENOSYS, "ENOSYS"),

@@ -3,6 +3,7 @@
 use std::{
     io,
     mem::{size_of, zeroed},
+    ops::Range,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     time::{Duration, Instant},
 };
@@ -19,6 +20,9 @@ const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
 /// Where the destination begins: behind the source, which may be anything.
 const DESTINATION_IPV4: usize = ETHERNET + 16;
 const DESTINATION_IPV6: usize = ETHERNET + 24;
+const PROTOCOL_IPV4: usize = ETHERNET + 9;
+const NEXT_HEADER_IPV6: usize = ETHERNET + 6;
+const TCP: u8 = 6;
 
 /// A packet socket on one interface.
 #[derive(Debug)]
@@ -85,15 +89,27 @@ fn length<T>() -> libc::socklen_t {
     libc::socklen_t::try_from(size_of::<T>()).expect("addresses are short")
 }
 
-/// Whether a frame goes to a target: it has the address as its destination, in an option, or further inside.
-pub fn reaches(frame: &[u8], target: &Target) -> bool {
-    let begin = match frame.get(12..ETHERNET) {
-        Some(kind) if kind == ETHERTYPE_IPV4 => DESTINATION_IPV4,
-        Some(kind) if kind == ETHERTYPE_IPV6 => DESTINATION_IPV6,
-        _ => 0,
-    };
-    let rest = frame.get(begin..).unwrap_or_default();
+/// Whether a frame goes to a target: it has the address as its destination, in an option, or further inside. What TCP
+/// says is not looked at, since MPTCP repeats addresses that the peer announced.
+pub fn reaches(frame: &[u8], target: Target) -> bool {
+    let rest = frame.get(routed(frame)).unwrap_or_default();
     target.forms().iter().any(|form| rest.windows(form.len()).any(|window| window == form))
+}
+
+/// The part of a frame that says where it goes, or may carry a packet that does.
+fn routed(frame: &[u8]) -> Range<usize> {
+    let end = frame.len();
+    match frame.get(12..ETHERNET) {
+        Some(kind) if kind == ETHERTYPE_IPV4 && frame.get(PROTOCOL_IPV4) == Some(&TCP) => {
+            DESTINATION_IPV4..ETHERNET + usize::from(frame[ETHERNET] & 0xf) * 4
+        }
+        Some(kind) if kind == ETHERTYPE_IPV4 => DESTINATION_IPV4..end,
+        Some(kind) if kind == ETHERTYPE_IPV6 && frame.get(NEXT_HEADER_IPV6) == Some(&TCP) => {
+            DESTINATION_IPV6..DESTINATION_IPV6 + 16
+        }
+        Some(kind) if kind == ETHERTYPE_IPV6 => DESTINATION_IPV6..end,
+        _ => 0..end,
+    }
 }
 
 #[cfg(test)]
@@ -104,15 +120,18 @@ mod tests {
     use crate::escape::target::Permission;
 
     fn frame(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<u8> {
-        [&[0; 12][..], &ETHERTYPE_IPV4, &[0; 12], &source.octets(), &destination.octets()].concat()
+        let begin = [&[0; 12][..], &ETHERTYPE_IPV4, &[0x45], &[0; 8], &[TCP], &[0; 2]].concat();
+        [&begin[..], &source.octets(), &destination.octets()].concat()
     }
 
     #[test]
     fn a_frame_reaches_its_destination_and_not_its_source() {
         let target = Target::new(7, Permission::Refused);
         let friend = Ipv4Addr::LOCALHOST;
-        assert!(reaches(&frame(friend, target.v4()), &target));
-        assert!(!reaches(&frame(target.v4(), friend), &target));
-        assert!(!reaches(&frame(friend, Target::new(8, Permission::Refused).v4()), &target));
+        assert!(reaches(&frame(friend, target.v4()), target));
+        assert!(!reaches(&frame(target.v4(), friend), target));
+        let told = [frame(friend, friend), target.v4().octets().to_vec()].concat();
+        assert!(!reaches(&told, target));
+        assert!(!reaches(&frame(friend, Target::new(8, Permission::Refused).v4()), target));
     }
 }

@@ -33,6 +33,7 @@ impl<T: Into<SocketAddr>> From<T> for Address {
 
 impl Address {
     /// The same address under the name of another family.
+    #[must_use]
     pub fn with_family(mut self, family: i32) -> Self {
         let family = u16::try_from(family).expect("a family has 16 bits");
         self.0[..2].copy_from_slice(&family.to_ne_bytes());
@@ -119,6 +120,14 @@ pub fn listen(socket: &OwnedFd) -> Outcome {
     check("listen", unsafe { libc::listen(socket.as_raw_fd(), 8) }).map(drop)
 }
 
+/// Takes the next connection.
+pub fn accept(socket: &OwnedFd) -> Outcome<OwnedFd> {
+    // SAFETY: no address is asked for.
+    let fd = check("accept", unsafe { libc::accept(socket.as_raw_fd(), ptr::null_mut(), ptr::null_mut()) })?;
+    // SAFETY: the call succeeded, so `fd` is a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Sends to where the socket is connected.
 pub fn send(socket: &OwnedFd, data: &[u8], flags: i32) -> Outcome {
     // SAFETY: the data lives through the call and is as long as said.
@@ -144,23 +153,23 @@ pub fn receive(socket: &OwnedFd) -> Outcome {
 }
 
 /// Sends with control messages, to an address if there is one.
-pub fn send_message(socket: &OwnedFd, to: Option<Address>, controls: &[Control<'_>]) -> Outcome {
+pub fn send_message(socket: &OwnedFd, to: Option<&Address>, controls: &[Control<'_>]) -> Outcome {
     let control = encode(controls);
     let mut part = libc::iovec { iov_base: DATA.as_ptr().cast_mut().cast(), iov_len: DATA.len() };
-    let message = header(to.as_ref(), &control, &mut part);
+    let message = header(to, &control, &mut part);
     // SAFETY: everything that the message points to lives through the call and is as long as said.
     check_size("sendmsg", unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) })
 }
 
 /// Sends two messages in one call, each to an address of its own.
-pub fn send_two_messages(socket: &OwnedFd, to: [Address; 2]) -> Outcome {
+pub fn send_two_messages(socket: &OwnedFd, to: &[Address; 2]) -> Outcome {
     let mut part = libc::iovec { iov_base: DATA.as_ptr().cast_mut().cast(), iov_len: DATA.len() };
     let mut messages = to.each_ref().map(|to| libc::mmsghdr { msg_hdr: header(Some(to), &[], &mut part), msg_len: 0 });
     // SAFETY: everything that the messages point to lives through the call and is as long as said.
     match check("sendmmsg", unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), 2, 0) })? {
         2 => Ok(()),
         // The kernel tells the error of a later message at the next call only.
-        _ => send_message(socket, Some(to[1].clone()), &[]),
+        _ => send_message(socket, Some(&to[1]), &[]),
     }
 }
 
@@ -228,10 +237,9 @@ pub fn check_size(call: &'static str, result: isize) -> Outcome {
 }
 
 /// A system call without a wrapper.
-pub fn syscall(call: &'static str, number: i64, arguments: [usize; 5]) -> Outcome<i32> {
-    let [a, b, c, d, e] = arguments;
+pub fn syscall(call: &'static str, number: i64, arguments: [usize; 4]) -> Outcome<i32> {
     // SAFETY: the callers pass numbers, and pointers to what lives through the call.
-    let result = unsafe { libc::syscall(number, a, b, c, d, e) };
+    let result = unsafe { libc::syscall(number, arguments[0], arguments[1], arguments[2], arguments[3]) };
     check(call, i32::try_from(result).expect("these calls return small numbers"))
 }
 
@@ -261,11 +269,6 @@ pub fn socket_pair() -> Outcome<[OwnedFd; 2]> {
 
 fn length(bytes: &[u8]) -> libc::socklen_t {
     libc::socklen_t::try_from(bytes.len()).expect("what is passed is short")
-}
-
-/// A pointer that is a number.
-pub fn address_of<T>(value: &T) -> usize {
-    ptr::from_ref(value).addr()
 }
 
 /// Receives a descriptor by a Unix socket.

@@ -3,23 +3,41 @@
 use std::fmt::Write;
 
 use super::{
+    Who,
     battery::{Case, Verdict},
-    expectations::documented,
+    expectations::{closed_as_a_whole, documented},
     target::Permission,
 };
 
-/// A Markdown table, one row for each case.
+/// A Markdown table, one row for each vector.
 pub fn markdown(cases: &[Case]) -> String {
-    let mut page = String::from("| vector | who | destination | result | documented as |\n|---|---|---|---|---|\n");
-    for case in cases {
-        let row = documented(case.vector.name, case.who).filter(|_| leaks(case)).map_or("", |known| known.row);
-        let Case { vector, who, permission, verdict } = case;
-        writeln!(page, "| {} | {who} | {permission} | {verdict} | {row} |", vector.name)
+    let mut page = String::from(
+        "| way | refused: root | refused: user | allowed: root | allowed: user | closed by, or documented as |\n\
+         |---|---|---|---|---|---|\n",
+    );
+    for rows in cases.chunk_by(|a, b| a.vector.name == b.vector.name) {
+        let cell = |who, permission| {
+            let case = rows.iter().find(|case| case.who == who && case.permission == permission);
+            case.map_or_else(String::new, |case| case.verdict.to_string())
+        };
+        let [root, user] = [Who::Root, Who::User].map(|who| cell(who, Permission::Refused));
+        let [allowed_root, allowed_user] = [Who::Root, Who::User].map(|who| cell(who, Permission::Allowed));
+        let (name, why) = (rows[0].vector.name, why(rows));
+        writeln!(page, "| {name} | {root} | {user} | {allowed_root} | {allowed_user} | {why} |")
             .expect("writing to a string cannot fail");
     }
     page
 }
 
-fn leaks(case: &Case) -> bool {
-    case.verdict == Verdict::Leaked && case.permission == Permission::Refused
+/// Where a leak is documented, or what closes the way.
+fn why(rows: &[Case]) -> &'static str {
+    let refused = || rows.iter().filter(|case| case.permission == Permission::Refused);
+    let name = rows[0].vector.name;
+    if let Some(leak) = refused().find(|case| case.verdict == Verdict::Leaked) {
+        documented(name, leak.who).map_or("", |known| known.row)
+    } else if refused().any(|case| matches!(case.verdict, Verdict::Blocked(_))) {
+        closed_as_a_whole(name).map_or("connect and sendmsg", |way| way.layer)
+    } else {
+        ""
+    }
 }

@@ -18,7 +18,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::{
     netlink::{self, Route},
     sniffer::Sniffer,
-    target::{FAR4, NEAR4, NEAR6, PORT},
+    target::{FAR4, NEAR4, NEAR6, PORT, Target},
 };
 
 /// The interface of the near namespace.
@@ -36,8 +36,10 @@ pub struct Namespace(OwnedFd);
 pub struct Yard {
     /// Where prisoners stand.
     pub near: Namespace,
-    /// Another near one, with an interface of its own to the far one.
+    /// Another near one, with an interface of its own to the far one. There IPv6 sockets may be bound to addresses that
+    /// are somebody else's, as on hosts that take addresses over from others.
     pub elsewhere: Namespace,
+    far: Namespace,
     sniffers: [Sniffer; 2],
     _listeners: Vec<Socket>,
     _datagrams: UdpSocket,
@@ -83,11 +85,20 @@ impl Yard {
         let (near, elsewhere, far) = (Namespace::new()?, Namespace::new()?, Namespace::new()?);
         near.run(|| netlink::pair(NEAR, FAR, &far.0))??;
         elsewhere.run(|| netlink::pair(NEAR, "far2", &far.0))??;
-        let (listeners, datagrams, sniffers) = far.run(|| furnish_far()).context("the far namespace")??;
+        let (listeners, datagrams, sniffers) = far.run(furnish_far).context("the far namespace")??;
         for namespace in [&near, &elsewhere] {
             namespace.run(furnish_near).context("the near namespace")??;
         }
-        Ok(Self { near, elsewhere, sniffers, _listeners: listeners, _datagrams: datagrams })
+        elsewhere
+            .run(|| fs::write("/proc/sys/net/ipv6/ip_nonlocal_bind", "1"))?
+            .context("net.ipv6.ip_nonlocal_bind")?;
+        Ok(Self { near, elsewhere, far, sniffers, _listeners: listeners, _datagrams: datagrams })
+    }
+
+    /// Has the far namespace tell its MPTCP peers of an address; what the kernel says if it cannot.
+    pub fn announce(&self, target: Target) -> Result<io::Result<()>> {
+        let announce = || netlink::accept_announcements().and_then(|()| netlink::announce(target.v4().into()));
+        Ok(self.far.run(announce)?.and(self.near.run(netlink::accept_announcements)?))
     }
 
     /// Every frame that has arrived since the last time. What a process in the near namespace sent before the call is

@@ -1,12 +1,15 @@
 //! Ways over UDP.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV6};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
+    os::fd::OwnedFd,
+};
 
 use crate::escape::{
     Outcome, Vector,
     sys::{
-        Address, DATA, connect, datagram, near_index, number_option, option, send, send_message, send_to,
-        send_two_messages,
+        Address, DATA, connect, datagram, domain, near_index, number_option, option, send, send_message, send_to,
+        send_two_messages, socket,
     },
     target::{NETWORK4, PORT, Target, at},
     yard::NEAR,
@@ -38,7 +41,7 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("UDP sendmsg, IPv6", |target| message(at(target.v6()))),
     Vector::new("UDP sendmmsg, first to another peer", |target| {
         let to = [at(target.friend4()), at(target.v4())].map(Address::from);
-        send_two_messages(&datagram(at(target.v4()))?, to)
+        send_two_messages(&datagram(at(target.v4()))?, &to)
     }),
     Vector::new("UDP sendto another peer than the connected one, IPv4", |target| {
         aside(at(target.friend4()), at(target.v4()))
@@ -59,7 +62,7 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("UDP sendmsg with IP_PKTINFO", |target| {
         let information = packet_information(near_index()?, Ipv4Addr::UNSPECIFIED);
         let control = [(libc::IPPROTO_IP, libc::IP_PKTINFO, &information[..])];
-        send_message(&datagram(at(target.v4()))?, Some(at(target.v4()).into()), &control)
+        send_message(&datagram(at(target.v4()))?, Some(&at(target.v4()).into()), &control)
     }),
     Vector::new("UDP corked by MSG_MORE, flushed to another peer", |target| {
         let socket = datagram(at(target.v4()))?;
@@ -110,13 +113,44 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("UDP to 127.0.0.0/8 by IP_PKTINFO", |target| {
         let information = packet_information(near_index()?, Ipv4Addr::UNSPECIFIED);
         let control = [(libc::IPPROTO_IP, libc::IP_PKTINFO, &information[..])];
-        send_message(&datagram(at(target.loopback()))?, Some(at(target.loopback()).into()), &control)
+        send_message(&datagram(at(target.loopback()))?, Some(&at(target.loopback()).into()), &control)
     })
     .only_refused(),
+    Vector::new("UDP to ::ffff:127.0.0.0/104 by SO_BINDTODEVICE", |target| {
+        let to = at(target.loopback().to_ipv6_mapped());
+        let socket = datagram(to)?;
+        option(&socket, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, NEAR.as_bytes())?;
+        send_to(&socket, DATA, 0, to)
+    })
+    .only_refused(),
+    Vector::new("UDP to ::1 by SO_BINDTODEVICE", |target| {
+        let to = at(Ipv6Addr::LOCALHOST);
+        let socket = datagram(to)?;
+        option(&socket, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, NEAR.as_bytes())?;
+        send_to(&socket, &target.v6().octets(), 0, to)
+    })
+    .only_refused(),
+    Vector::new("UDP connect after IPV6_ADDRFORM", |target| {
+        let socket = datagram(at(target.v6()))?;
+        connect(&socket, at(target.friend4().to_ipv6_mapped()))?;
+        number_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_ADDRFORM, libc::AF_INET)?;
+        connect(&socket, at(target.v4()))?;
+        send(&socket, DATA, 0)
+    }),
+    Vector::new("UDP sendto after IPV6_ADDRFORM", |target| {
+        let socket = datagram(at(target.v6()))?;
+        connect(&socket, at(target.friend4().to_ipv6_mapped()))?;
+        number_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_ADDRFORM, libc::AF_INET)?;
+        send_to(&socket, DATA, 0, at(target.v4()))
+    }),
     Vector::new("UDP to 0.0.0.0", |_| sent(at(Ipv4Addr::UNSPECIFIED))).stays_here(),
-    Vector::new("UDP to ::", |_| sent(at(std::net::Ipv6Addr::UNSPECIFIED))).stays_here(),
+    Vector::new("UDP to ::", |_| sent(at(Ipv6Addr::UNSPECIFIED))).stays_here(),
     Vector::new("UDP-Lite sendto, IPv4", |target| lite(at(target.v4()))).needs("UDP-Lite, which Linux 7 lacks"),
     Vector::new("UDP-Lite sendto, IPv6", |target| lite(at(target.v6()))).needs("UDP-Lite, which Linux 7 lacks"),
+    Vector::new("UDP-Lite connect and send, IPv4", |target| lite_connected(at(target.v4())))
+        .needs("UDP-Lite, which Linux 7 lacks"),
+    Vector::new("UDP-Lite connect and send, IPv6", |target| lite_connected(at(target.v6())))
+        .needs("UDP-Lite, which Linux 7 lacks"),
 ];
 
 fn connected(to: SocketAddr) -> Outcome {
@@ -129,14 +163,14 @@ fn sent(to: SocketAddr) -> Outcome {
     send_to(&datagram(to)?, DATA, 0, to)
 }
 
-fn long_address(target: &Target) -> Outcome {
+fn long_address(target: Target) -> Outcome {
     let mut to = Address::from(at(target.v4()));
     to.0.resize(128, 0);
     send_to(&datagram(at(target.v4()))?, DATA, 0, to)
 }
 
 fn message(to: SocketAddr) -> Outcome {
-    send_message(&datagram(to)?, Some(to.into()), &[])
+    send_message(&datagram(to)?, Some(&to.into()), &[])
 }
 
 fn aside(friend: SocketAddr, to: SocketAddr) -> Outcome {
@@ -152,7 +186,7 @@ fn again(friend: SocketAddr, to: SocketAddr) -> Outcome {
     send(&socket, DATA, 0)
 }
 
-fn after_dissolving(target: &Target) -> Outcome {
+fn after_dissolving(target: Target) -> Outcome {
     let socket = datagram(at(target.v4()))?;
     connect(&socket, at(target.friend4()))?;
     connect(&socket, Address::from(at(target.v4())).with_family(libc::AF_UNSPEC))?;
@@ -173,7 +207,7 @@ fn with_interface(to: SocketAddr) -> Outcome {
     send_message(&socket, None, &[(libc::IPPROTO_IP, libc::IP_PKTINFO, &information)])
 }
 
-fn with_interface6(target: &Target) -> Outcome {
+fn with_interface6(target: Target) -> Outcome {
     let socket = datagram(at(target.v6()))?;
     connect(&socket, at(target.v6()))?;
     let information = [&[0; 16][..], &near_index()?.to_ne_bytes()].concat();
@@ -188,7 +222,7 @@ fn corked(to: SocketAddr) -> Outcome {
 }
 
 /// The kernel sends what was corked to the peer it was corked for, and the rest to the new one.
-fn corked_then_connected(target: &Target) -> Outcome {
+fn corked_then_connected(target: Target) -> Outcome {
     let socket = datagram(at(target.v4()))?;
     send_to(&socket, DATA, libc::MSG_MORE, at(target.friend4()))?;
     connect(&socket, at(target.v4()))?;
@@ -197,14 +231,22 @@ fn corked_then_connected(target: &Target) -> Outcome {
 }
 
 /// The address is that of nobody: the datagram carries the target's as its contents.
-fn broadcast(target: &Target, to: Ipv4Addr) -> Outcome {
+fn broadcast(target: Target, to: Ipv4Addr) -> Outcome {
     let socket = datagram(at(to))?;
     number_option(&socket, libc::SOL_SOCKET, libc::SO_BROADCAST, 1)?;
     send_to(&socket, &target.v4().octets(), 0, at(to))
 }
 
+fn lite_socket(to: SocketAddr) -> Outcome<OwnedFd> {
+    socket(domain(to), libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE)
+}
+
 fn lite(to: SocketAddr) -> Outcome {
-    let domain = crate::escape::sys::domain(to);
-    let socket = crate::escape::sys::socket(domain, libc::SOCK_DGRAM, libc::IPPROTO_UDPLITE)?;
-    send_to(&socket, DATA, 0, to)
+    send_to(&lite_socket(to)?, DATA, 0, to)
+}
+
+fn lite_connected(to: SocketAddr) -> Outcome {
+    let socket = lite_socket(to)?;
+    connect(&socket, to)?;
+    send(&socket, DATA, 0)
 }

@@ -4,16 +4,20 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::escape::{
-    Outcome, Step, Vector,
+    Outcome, Place, Step, Vector,
     sys::{
         self, DATA, bind, connect, datagram, listen, near_index, number_option, option, send_to, settle, socket, stream,
     },
-    target::{PORT, Target, at},
+    target::{NEAR4, NEAR6, PORT, Target, at},
     vectors::raw::{checksum, ipv4, portless, udp},
 };
 
 const IPV6_FREEBIND: i32 = 78;
+const IPV6_TRANSPARENT: i32 = 75;
+const IP_FREEBIND: i32 = 15;
 const IP_TRANSPARENT: i32 = 19;
+/// Sets what is set anyway.
+const NO_OPTION: (i32, i32) = (libc::SOL_SOCKET, libc::SO_REUSEADDR);
 /// Where the process itself listens.
 const OWN_PORT: u16 = 4001;
 /// Where nobody listens.
@@ -32,12 +36,21 @@ pub const VECTORS: &[Vector] = &[
         let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
         send_to(&socket, DATA, 0, closed6())
     }),
+    Vector::new("ICMPv6 error to a source forged by IP_FREEBIND on an IPv6 socket", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IP, IP_FREEBIND))?;
+        send_to(&socket, DATA, 0, closed6())
+    }),
+    Vector::new("ICMPv6 error to a source forged by IPV6_TRANSPARENT", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_TRANSPARENT))?;
+        send_to(&socket, DATA, 0, closed6())
+    })
+    .root_only(),
     Vector::new("ICMPv6 error to a source forged by IPV6_PKTINFO", |target| {
         let socket = datagram(at(target.v6()))?;
         number_option(&socket, libc::IPPROTO_IPV6, IPV6_FREEBIND, 1)?;
         let source = [&target.v6().octets()[..], &[0; 4]].concat();
         let control = [(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, &source[..])];
-        sys::send_message(&socket, Some(closed6().into()), &control)
+        sys::send_message(&socket, Some(&closed6().into()), &control)
     }),
     Vector::new("ICMPv6 echo reply to a source forged by IPV6_FREEBIND", |target| {
         let socket = socket(libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_ICMPV6)?;
@@ -47,7 +60,7 @@ pub const VECTORS: &[Vector] = &[
     }),
     Vector::new("ICMP error to a source forged by IP_TRANSPARENT", |target| {
         let socket = forging(at(target.v4()), libc::SOCK_DGRAM, (libc::IPPROTO_IP, IP_TRANSPARENT))?;
-        send_to(&socket, DATA, 0, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), CLOSED_PORT))
+        send_to(&socket, DATA, 0, SocketAddr::new(NEAR4.into(), CLOSED_PORT))
     })
     .root_only(),
     Vector::new("ICMP error to a source forged by a raw socket", |target| {
@@ -69,21 +82,62 @@ pub const VECTORS: &[Vector] = &[
         let socket = forging(at(target.v6()), libc::SOCK_STREAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
         connect(&socket, closed6())
     }),
+    Vector::new("TCP SYN-ACK from an address of this host to a source forged by IPV6_FREEBIND", |target| {
+        let own = SocketAddr::new(NEAR6.into(), OWN_PORT);
+        let listener = stream(own)?;
+        bind(&listener, own)?;
+        listen(&listener)?;
+        let socket = forging(at(target.v6()), libc::SOCK_STREAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        connect(&socket, own)
+    }),
+    Vector::new("ICMPv6 error from an address of this host to a source forged by IPV6_FREEBIND", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        send_to(&socket, DATA, 0, SocketAddr::new(NEAR6.into(), CLOSED_PORT))
+    }),
     Vector::new("TCP SYN-ACK to a source forged by IP_TRANSPARENT", |target| {
-        let listener = stream(own4())?;
-        bind(&listener, own4())?;
+        let own = SocketAddr::new(NEAR4.into(), OWN_PORT);
+        let listener = stream(own)?;
+        bind(&listener, own)?;
         listen(&listener)?;
         let socket = forging(at(target.v4()), libc::SOCK_STREAM, (libc::IPPROTO_IP, IP_TRANSPARENT))?;
-        connect(&socket, own4())
+        connect(&socket, own)
     })
     .root_only(),
+    Vector::new("where ip_nonlocal_bind is set: answer of a UDP socket to a forged source", |target| {
+        answer(at(target.v6()), own6(), NO_OPTION)
+    })
+    .placed(Place::Elsewhere),
+    Vector::new("where ip_nonlocal_bind is set: ICMPv6 error to a forged source", |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, NO_OPTION)?;
+        send_to(&socket, DATA, 0, closed6())
+    })
+    .placed(Place::Elsewhere),
+    Vector::new("where ip_nonlocal_bind is set: TCP SYN-ACK to a forged source", |target| {
+        let listener = stream(own6())?;
+        bind(&listener, own6())?;
+        listen(&listener)?;
+        connect(&forging(at(target.v6()), libc::SOCK_STREAM, NO_OPTION)?, own6())
+    })
+    .placed(Place::Elsewhere),
+    Vector::new("where ip_nonlocal_bind is set: TCP SYN-ACK from this host to a forged source", |target| {
+        let own = SocketAddr::new(NEAR6.into(), OWN_PORT);
+        let listener = stream(own)?;
+        bind(&listener, own)?;
+        listen(&listener)?;
+        connect(&forging(at(target.v6()), libc::SOCK_STREAM, NO_OPTION)?, own)
+    })
+    .placed(Place::Elsewhere),
+    Vector::prepared("source bound before the filter by IPV6_FREEBIND, ICMPv6 error", Place::BeforeAttach, |target| {
+        let socket = forging(at(target.v6()), libc::SOCK_DGRAM, (libc::IPPROTO_IPV6, IPV6_FREEBIND))?;
+        Ok(Box::new(move || send_to(&socket, DATA, 0, closed6())))
+    }),
     Vector::new("IGMP report of a membership", |target| {
         let request = [target.group4().octets(), [0; 4], near_index()?.to_ne_bytes()].concat();
         report(at(target.group4()), libc::IPPROTO_IP, libc::IP_ADD_MEMBERSHIP, &request)
     })
     .only_refused(),
     Vector::new("IGMP report of a membership for a source", |target| {
-        let request = [target.friend_group4().octets(), crate::escape::target::NEAR4.octets(), target.v4().octets()];
+        let request = [target.friend_group4().octets(), NEAR4.octets(), target.v4().octets()];
         report(at(target.v4()), libc::IPPROTO_IP, libc::IP_ADD_SOURCE_MEMBERSHIP, &request.concat())
     })
     .only_refused(),
@@ -131,18 +185,18 @@ fn heard(server: &std::os::fd::OwnedFd, target: SocketAddr) -> Outcome {
     send_to(server, DATA, 0, target)
 }
 
-fn raw_then_answer(target: &Target) -> Outcome {
+fn raw_then_answer(target: Target) -> Outcome {
     let server = datagram(own4())?;
     bind(&server, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), PORT))?;
     raw(target, libc::IPPROTO_UDP, &udp())?;
     heard(&server, at(target.v4()))
 }
 
-/// A packet to this host as if from the target.
-fn raw(target: &Target, protocol: i32, payload: &[u8]) -> Outcome {
+/// A packet to this host as if from the target. The kernel never answers from a loopback address of IPv4.
+fn raw(target: Target, protocol: i32, payload: &[u8]) -> Outcome {
     let socket = socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
-    let packet = ipv4(target.v4(), Ipv4Addr::LOCALHOST, protocol, payload);
-    send_to(&socket, &packet, 0, portless(Ipv4Addr::LOCALHOST.into()))
+    let packet = ipv4(target.v4(), NEAR4, protocol, payload);
+    send_to(&socket, &packet, 0, portless(NEAR4.into()))
 }
 
 fn closed_udp() -> Vec<u8> {

@@ -14,8 +14,8 @@ use anyhow::{Context, Result};
 use crate::escape::{
     Outcome, Place, Rest, Step, Vector,
     sys::{
-        self, DATA, check, check_size, connect, datagram, established, fork, send, send_to, socket_pair, stream,
-        syscall,
+        self, Address, DATA, bind, check, check_size, connect, datagram, established, fork, send, send_to, socket_pair,
+        stream, syscall,
     },
     target::{Target, at},
 };
@@ -56,6 +56,8 @@ pub const VECTORS: &[Vector] = &[
     Vector::prepared("taken by pidfd_getfd from another cgroup, UDP sendto", Place::MovedIn, taken)
         .needs("pidfd_getfd"),
     Vector::prepared("inherited across exec from another cgroup, UDP sendto", Place::MovedIn, inherited),
+    Vector::prepared("vsock to a process in another cgroup that sends for it", Place::MovedIn, by_vsock)
+        .needs("the module vsock_loopback"),
     Vector::prepared("made inside, used in another cgroup, TCP connect", Place::MovedOut, made_stream),
     Vector::prepared("made inside, used in another cgroup, UDP sendto", Place::MovedOut, made_datagram),
     Vector::new("in a cgroup below with a program of its own, TCP connect", dial).placed(Place::Nested),
@@ -71,26 +73,26 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("by a child that moves itself to the root cgroup", moved_by_itself).root_only(),
 ];
 
-fn dial(target: &Target) -> Outcome {
+fn dial(target: Target) -> Outcome {
     connect(&stream(at(target.v4()))?, at(target.v4()))
 }
 
-fn send_one(target: &Target) -> Outcome {
+fn send_one(target: Target) -> Outcome {
     send_to(&datagram(at(target.v4()))?, DATA, 0, at(target.v4()))
 }
 
-fn made_stream(target: &Target) -> Outcome<Rest> {
+fn made_stream(target: Target) -> Outcome<Rest> {
     let (socket, to) = (stream(at(target.v4()))?, at(target.v4()));
     Ok(Box::new(move || connect(&socket, to)))
 }
 
-fn made_datagram(target: &Target) -> Outcome<Rest> {
+fn made_datagram(target: Target) -> Outcome<Rest> {
     let (socket, to) = (datagram(at(target.v4()))?, at(target.v4()));
     Ok(Box::new(move || send_to(&socket, DATA, 0, to)))
 }
 
 /// A TCP connection that stands.
-fn standing(target: &Target) -> Outcome<OwnedFd> {
+fn standing(target: Target) -> Outcome<OwnedFd> {
     let socket = stream(at(target.v4()))?;
     connect(&socket, at(target.v4()))?;
     established(&socket)?;
@@ -143,7 +145,7 @@ fn wait_forever() {
 }
 
 /// A process that stays in the other cgroup passes a socket on.
-fn passed(target: &Target) -> Outcome<Rest> {
+fn passed(target: Target) -> Outcome<Rest> {
     let ([mine, other], to) = (socket_pair()?, at(target.v4()));
     fork(|| {
         let passed = datagram(to).and_then(|socket| {
@@ -158,15 +160,15 @@ fn passed(target: &Target) -> Outcome<Rest> {
 }
 
 /// A process that stays in the other cgroup has a socket that is taken from it.
-fn taken(target: &Target) -> Outcome<Rest> {
+fn taken(target: Target) -> Outcome<Rest> {
     let (socket, to) = (datagram(at(target.v4()))?, at(target.v4()));
     let [mine, other] = socket_pair()?;
     let (number, pid) = (socket.as_raw_fd(), fork(wait_forever)?);
     // Only the other process has it from here on.
     drop((socket, mine, other));
     Ok(Box::new(move || {
-        let pidfd = syscall("pidfd_open", libc::SYS_pidfd_open, [unsigned(pid), 0, 0, 0, 0])?;
-        let fd = syscall("pidfd_getfd", libc::SYS_pidfd_getfd, [unsigned(pidfd), unsigned(number), 0, 0, 0])?;
+        let pidfd = syscall("pidfd_open", libc::SYS_pidfd_open, [unsigned(pid), 0, 0, 0])?;
+        let fd = syscall("pidfd_getfd", libc::SYS_pidfd_getfd, [unsigned(pidfd), unsigned(number), 0, 0])?;
         // SAFETY: the call succeeded, so `fd` is a new descriptor that nobody else owns.
         send_to(&unsafe { OwnedFd::from_raw_fd(fd) }, DATA, 0, to)
     }))
@@ -176,7 +178,7 @@ fn unsigned(number: i32) -> usize {
     usize::try_from(number).expect("ids and descriptors are not negative")
 }
 
-fn inherited(target: &Target) -> Outcome<Rest> {
+fn inherited(target: Target) -> Outcome<Rest> {
     let (socket, to) = (datagram(at(target.v4()))?, at(target.v4()));
     // SAFETY: no pointer is passed.
     check("fcntl", unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_SETFD, 0) })?;
@@ -200,14 +202,47 @@ pub fn use_inherited(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn unshared(namespace: i32, target: &Target) -> Outcome {
+/// Without this module the address of this machine is that of its hypervisor, which is not to be spoken to.
+const LOOPBACK_OF_VSOCK: &str = "/sys/module/vsock_loopback";
+
+/// Whoever listens outside does what it is told. The frames themselves cannot be seen by the far namespace.
+fn by_vsock(target: Target) -> Outcome<Rest> {
+    fs::metadata(LOOPBACK_OF_VSOCK).map_err(|error| Step::new("stat", &error))?;
+    let listener = sys::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0)?;
+    bind(&listener, vsock_address(target, u32::MAX))?;
+    sys::listen(&listener)?;
+    fork(|| {
+        if let Ok(peer) = sys::accept(&listener) {
+            // A failure shows: nothing arrives.
+            let _ = send_one(target).and_then(|()| send(&peer, DATA, 0));
+            wait_forever();
+        }
+    })?;
+    Ok(Box::new(move || {
+        let socket = sys::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0)?;
+        connect(&socket, vsock_address(target, 1))?;
+        sys::receive(&socket)
+    }))
+}
+
+/// A `struct sockaddr_vm` with a port for each attempt.
+fn vsock_address(target: Target, host: u32) -> Address {
+    let mut bytes = u16::try_from(libc::AF_VSOCK).expect("a family has 16 bits").to_ne_bytes().to_vec();
+    bytes.extend([0; 2]);
+    bytes.extend((0x1_0000 + u32::from(target.number())).to_ne_bytes());
+    bytes.extend(host.to_ne_bytes());
+    bytes.resize(16, 0);
+    Address(bytes)
+}
+
+fn unshared(namespace: i32, target: Target) -> Outcome {
     // SAFETY: this process has one thread, and no file descriptor table is unshared.
     check("unshare", unsafe { libc::unshare(namespace) })?;
     dial(target)
 }
 
 /// Who may write to the hierarchy of cgroups can leave.
-fn moved_by_itself(target: &Target) -> Outcome {
+fn moved_by_itself(target: Target) -> Outcome {
     let mount = egress_agent::cgroup::mount_point();
     let root = mount.map_err(|_| Step { call: "mountinfo", errno: libc::ENOENT })?;
     fs::write(root.join("cgroup.procs"), "0").map_err(|error| Step::new("write", &error))?;

@@ -7,6 +7,7 @@ use crate::escape::{
     netlink::{self, Route},
     sys::{Address, DATA, connect, near_index, number_option, option, send, send_message, send_to, socket},
     target::{NEAR4, NEAR6, PORT, Target, at},
+    yard::NEAR,
 };
 
 /// A protocol number that nobody has.
@@ -76,6 +77,7 @@ pub const VECTORS: &[Vector] = &[
         send_to(&socket, DATA, 0, portless(target.v4().into()))
     })
     .needs("CONFIG_L2TP_IP"),
+    Vector::new("PPPoE socket", pppoe).needs("CONFIG_PPPOE"),
     Vector::new("RxRPC call", rxrpc).needs("CONFIG_AF_RXRPC"),
     Vector::new("RDS datagram", rds).needs("CONFIG_RDS_TCP"),
     Vector::new("VXLAN tunnel whose remote is the target", tunnel).root_only().needs("CONFIG_VXLAN"),
@@ -133,7 +135,7 @@ pub fn checksum(bytes: &[u8]) -> u16 {
 }
 
 /// An IPv6 packet without a header after its own.
-fn ipv6(target: &Target) -> Vec<u8> {
+fn ipv6(target: Target) -> Vec<u8> {
     let length = u16::try_from(DATA.len()).expect("it is short");
     let none = 59;
     let mut packet = vec![0x60, 0, 0, 0];
@@ -155,8 +157,22 @@ fn link_address() -> Outcome<Address> {
     Ok(Address(bytes))
 }
 
+/// Sends frames to a hardware address; they carry the target's address as their contents.
+fn pppoe(target: Target) -> Outcome {
+    const AF_PPPOX: u16 = 24;
+    let socket = socket(AF_PPPOX.into(), libc::SOCK_STREAM, 0)?;
+    let mut peer = AF_PPPOX.to_ne_bytes().to_vec();
+    peer.extend([0; 4]);
+    peer.extend(target.number().to_be_bytes());
+    peer.extend([2, 2, 2, 2, 2, 2]);
+    peer.extend(NEAR.as_bytes());
+    peer.resize(30, 0);
+    connect(&socket, Address(peer))?;
+    send(&socket, &target.v4().octets(), 0)
+}
+
 /// A socket of the kernel's own carries the call.
-fn rxrpc(target: &Target) -> Outcome {
+fn rxrpc(target: Target) -> Outcome {
     const SOL_RXRPC: i32 = 272;
     const RXRPC_USER_CALL_ID: i32 = 1;
     const SERVICE: u16 = 1;
@@ -170,13 +186,13 @@ fn rxrpc(target: &Target) -> Outcome {
     to.extend(&transport.0);
     to.resize(36, 0);
     let id = 1_u64.to_ne_bytes();
-    send_message(&socket, Some(Address(to)), &[(SOL_RXRPC, RXRPC_USER_CALL_ID, &id)])?;
+    send_message(&socket, Some(&Address(to)), &[(SOL_RXRPC, RXRPC_USER_CALL_ID, &id)])?;
     crate::escape::sys::settle();
     Ok(())
 }
 
 /// The kernel connects by itself, from no cgroup.
-fn rds(target: &Target) -> Outcome {
+fn rds(target: Target) -> Outcome {
     const SOL_RDS: i32 = 276;
     const SO_RDS_TRANSPORT: i32 = 8;
     const RDS_TRANS_TCP: i32 = 2;
@@ -189,14 +205,15 @@ fn rds(target: &Target) -> Outcome {
 }
 
 /// What an allowed address is sent goes to the remote of the tunnel, in a packet of the kernel's own.
-fn tunnel(target: &Target) -> Outcome {
-    let name = format!("tunnel{}", target.number());
-    let failed = |error: std::io::Error| Step::new("rtnetlink", &error);
-    netlink::tunnel(&name, target.v4()).map_err(failed)?;
+fn tunnel(target: Target) -> Outcome {
+    let (id, failed) = (std::process::id(), |error: std::io::Error| Step::new("rtnetlink", &error));
+    let name = format!("tunnel{id}");
+    netlink::tunnel(&name, id, target.v4()).map_err(failed)?;
     let index = netlink::index(&name).map_err(failed)?;
     netlink::set_up(index).map_err(failed)?;
     netlink::route(target.friend4().into(), 32, Route::Out(index), index).map_err(failed)?;
     let socket = crate::escape::sys::datagram(at(target.friend4()))?;
     option(&socket, libc::SOL_SOCKET, libc::SO_BROADCAST, &1_i32.to_ne_bytes())?;
-    send_to(&socket, DATA, 0, at(target.friend4()))
+    send_to(&socket, DATA, 0, at(target.friend4()))?;
+    netlink::remove(index).map_err(failed)
 }

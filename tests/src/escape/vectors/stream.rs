@@ -6,8 +6,10 @@ use std::{
 };
 
 use crate::escape::{
-    Outcome, Vector,
-    sys::{Address, DATA, connect, established, near_index, number_option, option, send, send_to, socket, stream},
+    Outcome, Place, Vector,
+    sys::{
+        Address, DATA, connect, established, near_index, number_option, option, send, send_to, settle, socket, stream,
+    },
     target::{PORT, Target, at},
     yard::NEAR,
 };
@@ -44,6 +46,9 @@ pub const VECTORS: &[Vector] = &[
     Vector::new("MPTCP connect, IPv6", |target| multipath(at(target.v6()))).needs("CONFIG_MPTCP_IPV6"),
     Vector::new("MPTCP connect, IPv4-mapped", |target| multipath(at(target.mapped()))).needs("CONFIG_MPTCP_IPV6"),
     Vector::new("MPTCP Fast Open by sendto", multipath_fast_open).needs("Linux 6.2 with CONFIG_MPTCP"),
+    Vector::new("MPTCP subflow to an address that the peer announces", subflow)
+        .placed(Place::Announced)
+        .needs("Linux 5.10 with CONFIG_MPTCP"),
     Vector::new("SMC connect", |target| other(AF_SMC, 0, target)).needs("CONFIG_SMC"),
     Vector::new("SCTP connect", |target| other(libc::AF_INET, libc::IPPROTO_SCTP, target)).needs("CONFIG_IP_SCTP"),
     Vector::new("SCTP sendto", sctp_send).needs("CONFIG_IP_SCTP"),
@@ -54,7 +59,7 @@ fn dial(to: SocketAddr) -> Outcome {
     connect(&stream(to)?, to)
 }
 
-fn connect_again(target: &Target) -> Outcome {
+fn connect_again(target: Target) -> Outcome {
     let socket = stream(at(target.v4()))?;
     connect(&socket, at(target.friend4()))?;
     established(&socket)?;
@@ -62,7 +67,7 @@ fn connect_again(target: &Target) -> Outcome {
     connect(&socket, at(target.v4()))
 }
 
-fn connect_after_dissolving(target: &Target) -> Outcome {
+fn connect_after_dissolving(target: Target) -> Outcome {
     let socket = stream(at(target.v6()))?;
     connect(&socket, at(target.friend6()))?;
     established(&socket)?;
@@ -81,7 +86,7 @@ fn fast_open(to: SocketAddr) -> Outcome {
     send_to(&stream(to)?, DATA, libc::MSG_FASTOPEN, to)
 }
 
-fn fast_open_without_family(target: &Target) -> Outcome {
+fn fast_open_without_family(target: Target) -> Outcome {
     let socket = stream(at(target.v4()))?;
     let to = Address::from(at(target.v4()));
     // The kernel dissolves instead of connecting, then knows no peer: the second call is what could lead out.
@@ -101,7 +106,7 @@ fn lazy_fast_open(to: SocketAddr) -> Outcome {
 }
 
 /// A connection that is declared to stand sends without a handshake.
-fn repaired(target: &Target) -> Outcome {
+fn repaired(target: Target) -> Outcome {
     let to = at(target.v4());
     let socket = stream(to)?;
     number_option(&socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, 1)?;
@@ -119,22 +124,35 @@ fn multipath(to: SocketAddr) -> Outcome {
     connect(&mptcp(to)?, to)
 }
 
-fn multipath_fast_open(target: &Target) -> Outcome {
+fn multipath_fast_open(target: Target) -> Outcome {
     let to = at(target.v4());
     send_to(&mptcp(to)?, DATA, libc::MSG_FASTOPEN, to)
 }
 
-fn other(domain: i32, protocol: i32, target: &Target) -> Outcome {
+/// The kernel opens further connections by itself.
+fn subflow(target: Target) -> Outcome {
+    let to = at(target.friend4());
+    let socket = mptcp(to)?;
+    connect(&socket, to)?;
+    established(&socket)?;
+    send(&socket, DATA, 0)?;
+    settle();
+    send(&socket, DATA, 0)?;
+    settle();
+    Ok(())
+}
+
+fn other(domain: i32, protocol: i32, target: Target) -> Outcome {
     let socket = socket(domain, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, protocol)?;
     connect(&socket, at(target.v4()))
 }
 
-fn sctp_send(target: &Target) -> Outcome {
+fn sctp_send(target: Target) -> Outcome {
     let socket = socket(libc::AF_INET, libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK, libc::IPPROTO_SCTP)?;
     send_to(&socket, DATA, 0, at(target.v4()))
 }
 
-fn dccp(target: &Target) -> Outcome {
+fn dccp(target: Target) -> Outcome {
     const SOL_DCCP: i32 = 269;
     const DCCP_SOCKOPT_SERVICE: i32 = 2;
     let socket = socket(libc::AF_INET, libc::SOCK_DCCP | libc::SOCK_NONBLOCK, libc::IPPROTO_DCCP)?;

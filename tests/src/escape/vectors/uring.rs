@@ -1,4 +1,4 @@
-//! Ways by io_uring, whose calls other threads make: its workers, or a thread of the kernel that polls.
+//! Ways by `io_uring`, whose calls other threads make: its workers, or a thread of the kernel that polls.
 
 use std::{
     net::SocketAddr,
@@ -9,8 +9,9 @@ use io_uring::{IoUring, opcode, squeue, types::Fd};
 
 use crate::escape::{
     Outcome, Place, Step, Vector,
-    sys::{Address, DATA, connect, datagram, header, send, stream},
+    sys::{Address, DATA, connect, datagram, header, send, send_to, stream},
     target::{Target, at},
+    vectors::routed::{IPV6_RTHDR, SEGMENTS, route6},
 };
 
 const NEEDS: &str = "io_uring for everybody";
@@ -50,6 +51,8 @@ pub const VECTORS: &[Vector] = &[
     .needs(NEEDS),
     Vector::new("io_uring send with an address", send_with_address).needs("Linux 6.0 with io_uring for everybody"),
     Vector::new("io_uring zero-copy send with an address", zero_copy).needs("Linux 6.0 with io_uring for everybody"),
+    Vector::new("io_uring setsockopt of a routing header", routing_header)
+        .needs("Linux 6.7 with io_uring for everybody"),
     Vector::new("io_uring socket and connect by SQPOLL", |target| made_by_ring(polled()?, at(target.v4())))
         .needs("Linux 5.19 with io_uring for everybody"),
     Vector::prepared("io_uring ring of another cgroup makes the socket by SQPOLL", Place::MovedIn, |target| {
@@ -110,7 +113,7 @@ fn message(ring: &mut IoUring, to: SocketAddr, flags: squeue::Flags) -> Outcome 
     submit(ring, "sendmsg", &entry).map(drop)
 }
 
-fn send_with_address(target: &Target) -> Outcome {
+fn send_with_address(target: Target) -> Outcome {
     let (socket, to) = (datagram(at(target.v4()))?, Address::from(at(target.v4())));
     let (length, to_length) = lengths(&to);
     let entry = opcode::Send::new(Fd(socket.as_raw_fd()), DATA.as_ptr(), length)
@@ -120,7 +123,7 @@ fn send_with_address(target: &Target) -> Outcome {
     submit(&mut plain()?, "send", &entry).map(drop)
 }
 
-fn zero_copy(target: &Target) -> Outcome {
+fn zero_copy(target: Target) -> Outcome {
     let (socket, to) = (datagram(at(target.v4()))?, Address::from(at(target.v4())));
     let (length, to_length) = lengths(&to);
     let entry = opcode::SendZc::new(Fd(socket.as_raw_fd()), DATA.as_ptr(), length)
@@ -128,6 +131,17 @@ fn zero_copy(target: &Target) -> Outcome {
         .dest_addr_len(to_length)
         .build();
     submit(&mut plain()?, "send", &entry).map(drop)
+}
+
+fn routing_header(target: Target) -> Outcome {
+    let socket = datagram(at(target.friend6()))?;
+    let header = route6(SEGMENTS, target);
+    let length = u32::try_from(header.len()).expect("it is short");
+    let level = libc::IPPROTO_IPV6.cast_unsigned();
+    let name = IPV6_RTHDR.cast_unsigned();
+    let entry = opcode::SetSockOpt::new(Fd(socket.as_raw_fd()), level, name, header.as_ptr().cast(), length).build();
+    submit(&mut plain()?, "setsockopt", &entry)?;
+    send_to(&socket, DATA, 0, at(target.friend6()))
 }
 
 fn lengths(to: &Address) -> (u32, u32) {
