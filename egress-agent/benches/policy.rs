@@ -33,7 +33,7 @@ fn main() {
             for index in 0..100_000_u32 {
                 let address = Ipv4Addr::from_bits(index.wrapping_mul(2_654_435_761)).into();
                 let flow =
-                    Flow { place: egress_agent::ruleset::Ruleset::PLACE, protocol: Protocol::Tcp, address, port: 443 };
+                    Flow { place: egress_agent::ruleset::Ruleset::PLACE, protocol: Protocol::TCP, address, port: 443 };
                 let _ = black_box(ruleset.decide(&flow));
             }
         });

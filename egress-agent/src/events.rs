@@ -203,15 +203,15 @@ const fn errno(decision: Decision) -> Option<&'static str> {
 }
 
 fn protocol_name(protocol: Protocol, socket: SocketKind) -> String {
-    match protocol {
-        _ if socket == SocketKind::Raw => socket.as_str().to_owned(),
-        Protocol::Tcp => "TCP".to_owned(),
-        Protocol::Udp => "UDP".to_owned(),
-        Protocol::Other(1) => "ICMP".to_owned(),
-        Protocol::Other(58) => "ICMPv6".to_owned(),
-        Protocol::Other(132) => "SCTP".to_owned(),
-        Protocol::Other(136) => "UDPLITE".to_owned(),
-        Protocol::Other(number) => number.to_string(),
+    match (socket, protocol.number()) {
+        (SocketKind::Raw, _) => socket.as_str().to_owned(),
+        (_, 1) => "ICMP".to_owned(),
+        (_, 6) => "TCP".to_owned(),
+        (_, 17) => "UDP".to_owned(),
+        (_, 58) => "ICMPv6".to_owned(),
+        (_, 132) => "SCTP".to_owned(),
+        (_, 136) => "UDPLITE".to_owned(),
+        (_, number) => number.to_string(),
     }
 }
 

@@ -119,8 +119,8 @@ impl Sweep<'_> {
         let scope = &self.layout.scopes[index];
         let scope = scope.users.get(&socket.uid).map_or(scope, |&index| &self.layout.scopes[index]);
         let protocol = match socket.kind {
-            Kind::Tcp => Protocol::Tcp,
-            Kind::Udp => Protocol::Udp,
+            Kind::Tcp => Protocol::TCP,
+            Kind::Udp => Protocol::UDP,
         };
         let (address, port) = (socket.destination.ip().into(), socket.destination.port());
         let decision = scope.ruleset.decide(&Flow { place: Ruleset::PLACE, protocol, address, port });

@@ -40,8 +40,8 @@ impl Destination {
     /// The question for [`egress_common::decide`].
     pub fn flow(&self) -> Flow {
         let protocol = match self.protocol {
-            L4::Tcp => Protocol::Tcp,
-            L4::Udp => Protocol::Udp,
+            L4::Tcp => Protocol::TCP,
+            L4::Udp => Protocol::UDP,
         };
         Flow { place: Ruleset::PLACE, protocol, address: self.address.into(), port: self.port }
     }

@@ -129,7 +129,7 @@ fn judge<R: Rules>(rules: &R, view: View, flow: &Flow) -> Option<Decision> {
 #[inline(always)]
 fn reconsider<R: Rules>(rules: &R, settings: &Settings, flow: &Flow, refused: Decision) -> Decision {
     match (refused.reason, flow.protocol) {
-        (Reason::NoRule, Protocol::Udp) if settings.replies() == Ok(Action::Allow) && rules.is_reply(flow) => {
+        (Reason::NoRule, Protocol::UDP) if settings.replies() == Ok(Action::Allow) && rules.is_reply(flow) => {
             Decision::new(Verdict::Allow, Reason::Reply)
         }
         (Reason::SocketKind, protocol) if opens(settings, SocketKind::of(protocol)) => ALLOWED,
@@ -141,7 +141,7 @@ fn reconsider<R: Rules>(rules: &R, settings: &Settings, flow: &Flow, refused: De
 #[inline(always)]
 fn read<R: Rules>(rules: &R, entry: &Entry, flow: &Flow) -> Result<Decision, UnknownCode> {
     let default = entry.default_action()?;
-    if let Protocol::Other(_) = flow.protocol {
+    if !flow.protocol.is_judged() {
         return Ok(unmatched(default, Reason::SocketKind));
     }
     match entry.entries()? {
@@ -277,7 +277,7 @@ mod tests {
     #[test]
     fn without_a_view_everything_is_refused_as_a_fault() {
         let rules = Fixed { with_audit: Some(view(ALLOW)), ..Fixed::default() };
-        assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)), Decision::FAULT);
+        assert_eq!(decide(&rules, &flow(Protocol::TCP, 80)), Decision::FAULT);
         assert_eq!(decide_socket(&rules, Place::Scope(SCOPE), SocketKind::Raw), Decision::FAULT);
         assert_eq!(decide_bypass(&rules, Place::Scope(SCOPE)), Decision::FAULT);
     }
@@ -286,7 +286,7 @@ mod tests {
     fn without_a_scope_no_rules_are_asked() {
         let rules = Fixed { with_audit: Some(view(DENY)), ..Fixed::enforcing(view(DENY)) };
         let at = |place| {
-            let decision = decide(&rules, &Flow { place, ..flow(Protocol::Tcp, 80) });
+            let decision = decide(&rules, &Flow { place, ..flow(Protocol::TCP, 80) });
             assert_eq!(decide_socket(&rules, place, SocketKind::Tcp), decision);
             assert_eq!(decide_bypass(&rules, place), decision);
             decision
@@ -299,7 +299,7 @@ mod tests {
     #[test]
     fn audit_reports_and_never_refuses() {
         let rules = Fixed { with_audit: Some(view(DENY)), ..Fixed::enforcing(view(ALLOW)) };
-        let decision = decide(&rules, &flow(Protocol::Tcp, 80));
+        let decision = decide(&rules, &flow(Protocol::TCP, 80));
         assert_eq!((decision.verdict, decision.reason), (Verdict::WouldDeny, Reason::NoRule));
         let socket = decide_socket(&rules, Place::Scope(SCOPE), SocketKind::Sctp);
         assert_eq!((socket.verdict, socket.reason), (Verdict::WouldDeny, Reason::SocketKind));
@@ -308,7 +308,7 @@ mod tests {
     #[test]
     fn audit_never_opens_what_is_refused() {
         let rules = Fixed { with_audit: Some(view(ALLOW)), ..Fixed::enforcing(view(DENY)) };
-        assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)).verdict, Verdict::Deny);
+        assert_eq!(decide(&rules, &flow(Protocol::TCP, 80)).verdict, Verdict::Deny);
         assert_eq!(decide_bypass(&rules, Place::Scope(SCOPE)).verdict, Verdict::Deny);
     }
 
@@ -316,8 +316,8 @@ mod tests {
     fn a_rule_for_every_port_does_not_open_other_protocols() {
         let every_port = Entry::new(Entries::EveryPort(ALLOW, RULE), DENY);
         let rules = Fixed::enforcing((every_port, Settings::new(DENY)));
-        assert_eq!(decide(&rules, &flow(Protocol::Udp, 0)).verdict, Verdict::Allow);
-        let other = decide(&rules, &flow(Protocol::Other(132), 80));
+        assert_eq!(decide(&rules, &flow(Protocol::UDP, 0)).verdict, Verdict::Allow);
+        let other = decide(&rules, &flow(Protocol::from_kernel(132), 80));
         assert_eq!((other.verdict, other.reason), (Verdict::Deny, Reason::SocketKind));
     }
 
@@ -335,23 +335,23 @@ mod tests {
             );
         }
         // Such a socket may connect, wherever to: no rule can name it.
-        assert_eq!(decide(&rules, &flow(Protocol::Other(1), 0)).verdict, Verdict::Allow);
-        assert_eq!(decide(&rules, &flow(Protocol::Other(132), 80)).verdict, Verdict::Deny);
+        assert_eq!(decide(&rules, &flow(Protocol::from_kernel(1), 0)).verdict, Verdict::Allow);
+        assert_eq!(decide(&rules, &flow(Protocol::from_kernel(132), 80)).verdict, Verdict::Deny);
     }
 
     #[test]
     fn a_reply_needs_no_rule() {
         let answered =
             |enforcing, protocol| decide(&Fixed { is_reply: true, ..Fixed::enforcing(enforcing) }, &flow(protocol, 9));
-        let reply = answered(view(DENY), Protocol::Udp);
+        let reply = answered(view(DENY), Protocol::UDP);
         assert_eq!((reply.verdict, reply.reason), (Verdict::Allow, Reason::Reply));
-        assert_eq!(answered(view(DENY), Protocol::Tcp).verdict, Verdict::Deny);
-        assert_eq!(decide(&Fixed::enforcing(view(DENY)), &flow(Protocol::Udp, 9)).verdict, Verdict::Deny);
+        assert_eq!(answered(view(DENY), Protocol::TCP).verdict, Verdict::Deny);
+        assert_eq!(decide(&Fixed::enforcing(view(DENY)), &flow(Protocol::UDP, 9)).verdict, Verdict::Deny);
         let (entry, settings) = view(DENY);
-        assert_eq!(answered((entry, settings.with_replies(DENY)), Protocol::Udp).verdict, Verdict::Deny);
+        assert_eq!(answered((entry, settings.with_replies(DENY)), Protocol::UDP).verdict, Verdict::Deny);
         // A deny that matches wins.
         let denied = Entry::new(Entries::EveryPort(DENY, RULE), DENY);
-        assert_eq!(answered((denied, settings), Protocol::Udp).reason, Reason::Rule);
+        assert_eq!(answered((denied, settings), Protocol::UDP).reason, Reason::Rule);
     }
 
     #[test]
@@ -369,7 +369,7 @@ mod tests {
     fn a_refusal_says_what_the_policy_asks_for() {
         let (entry, settings) = view(DENY);
         let rules = Fixed::enforcing((entry, settings.with_refusal(Refusal::Econnrefused)));
-        assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)).refusal, Refusal::Econnrefused);
+        assert_eq!(decide(&rules, &flow(Protocol::TCP, 80)).refusal, Refusal::Econnrefused);
         assert_eq!(decide_socket(&rules, Place::Scope(SCOPE), SocketKind::Raw).refusal, Refusal::Eperm);
     }
 
@@ -377,18 +377,18 @@ mod tests {
     fn a_segment_that_cannot_be_read_is_a_fault() {
         let list = SegmentList { slot: 0, first: 0, count: 2 };
         let rules = Fixed::enforcing((Entry::new(Entries::Segments(list), ALLOW), Settings::new(ALLOW)));
-        assert_eq!(decide(&rules, &flow(Protocol::Tcp, 80)), Decision::FAULT);
+        assert_eq!(decide(&rules, &flow(Protocol::TCP, 80)), Decision::FAULT);
     }
 
     #[test]
     fn the_longest_list_is_searched_to_its_ends() {
-        let segments: Vec<Segment> = [Protocol::Tcp, Protocol::Udp]
+        let segments: Vec<Segment> = [Protocol::TCP, Protocol::UDP]
             .into_iter()
             .flat_map(|protocol| {
                 (0..=u16::MAX).map(move |port| Segment::new(protocol, port, port, Action::Allow, RULE))
             })
             .collect();
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
+        for protocol in [Protocol::TCP, Protocol::UDP] {
             for port in 0..=u16::MAX {
                 let count = u32::try_from(segments.len()).unwrap();
                 let get = |index: u32| segments.get(index as usize).copied();
@@ -402,13 +402,13 @@ mod tests {
         #[test]
         fn the_search_finds_what_a_scan_finds(cuts in prop::collection::btree_set(0u16.., 0..40), port: u16, udp: bool) {
             let cuts: Vec<u16> = cuts.into_iter().collect();
-            let segments: Vec<Segment> = [Protocol::Tcp, Protocol::Udp]
+            let segments: Vec<Segment> = [Protocol::TCP, Protocol::UDP]
                 .into_iter()
                 .flat_map(|protocol| {
                     cuts.chunks_exact(2).map(move |cut| Segment::new(protocol, cut[0], cut[1], Action::Allow, RULE))
                 })
                 .collect();
-            let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
+            let protocol = if udp { Protocol::UDP } else { Protocol::TCP };
             let count = u32::try_from(segments.len()).unwrap();
             let get = |index: u32| segments.get(index as usize).copied();
             let found = find_segment(count, protocol, port, get)

@@ -133,7 +133,7 @@ mod tests {
     fn event() -> Event {
         let process = Process { cgroup_id: 1, pid: 2, tid: 3, uid: 4, gid: 5, comm: *b"ratings\0\0\0\0\0\0\0\0\0" };
         let address = "2001:db8::5".parse::<IpAddr>().unwrap().into();
-        let flow = Flow { place: Place::Unknown, protocol: Protocol::Udp, address, port: 3306 };
+        let flow = Flow { place: Place::Unknown, protocol: Protocol::UDP, address, port: 3306 };
         let rule = Some(RuleId(NonZeroU32::new(9).unwrap()));
         let decision =
             Decision { verdict: Verdict::WouldDeny, reason: Reason::Rule, rule, refusal: Refusal::Ehostunreach };
@@ -145,7 +145,7 @@ mod tests {
         let event = Event::read_from_bytes(event().as_bytes()).unwrap();
         assert_eq!(event.time(), 11);
         assert_eq!(event.address().to_ip(), "2001:db8::5".parse::<IpAddr>().unwrap());
-        assert_eq!((event.port(), event.protocol(), event.hook()), (3306, Protocol::Udp, Ok(Hook::Sendmsg6)));
+        assert_eq!((event.port(), event.protocol(), event.hook()), (3306, Protocol::UDP, Ok(Hook::Sendmsg6)));
         let decision = event.decision().unwrap();
         assert_eq!((decision.verdict, decision.reason), (Verdict::WouldDeny, Reason::Rule));
         assert_eq!(decision.rule.map(|rule| rule.0.get()), Some(9));

@@ -26,44 +26,44 @@ coded_enum! {
     }
 }
 
-/// What a socket speaks, as far as rules can tell.
+/// What a socket speaks: an IP protocol, by its number. Rules name ports of TCP and UDP.
+///
+/// No enum with a field, since the compiler leaves a field that a value does not have unwritten, and kernels before 6.3 refuse
+/// programs that copy what was never written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Protocol {
-    /// TCP, and MPTCP, whose first subflow is TCP to the same destination.
-    Tcp,
-    /// UDP.
-    Udp,
-    /// Any other IP protocol, by its number: no port rule speaks of it.
-    Other(u8),
-}
+#[repr(transparent)]
+pub struct Protocol(u8);
 
-/// `IPPROTO_TCP`, `IPPROTO_UDP` and `IPPROTO_MPTCP` of `linux/in.h`.
-const IPPROTO_TCP: u32 = 6;
-const IPPROTO_UDP: u32 = 17;
+/// `IPPROTO_MPTCP` of `linux/in.h`.
 const IPPROTO_MPTCP: u32 = 262;
 
 impl Protocol {
+    /// TCP, and MPTCP, whose first subflow is TCP to the same destination.
+    pub const TCP: Self = Self(6);
+    /// UDP.
+    pub const UDP: Self = Self(17);
+
     /// From `sk_protocol`, which is an IP protocol number or `IPPROTO_MPTCP`.
     #[inline(always)]
     pub const fn from_kernel(number: u32) -> Self {
         match number {
-            IPPROTO_TCP | IPPROTO_MPTCP => Self::Tcp,
-            IPPROTO_UDP => Self::Udp,
+            IPPROTO_MPTCP => Self::TCP,
             #[expect(clippy::cast_possible_truncation, reason = "the range is checked")]
-            other if other <= u8::MAX as u32 => Self::Other(other as u8),
-            _ => Self::Other(u8::MAX),
+            other if other <= u8::MAX as u32 => Self(other as u8),
+            _ => Self(u8::MAX),
         }
     }
 
     /// The IP protocol number.
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "both constants fit")]
     pub const fn number(self) -> u8 {
-        match self {
-            Self::Tcp => IPPROTO_TCP as u8,
-            Self::Udp => IPPROTO_UDP as u8,
-            Self::Other(number) => number,
-        }
+        self.0
+    }
+
+    /// Whether rules can name its destinations.
+    #[inline(always)]
+    pub const fn is_judged(self) -> bool {
+        matches!(self, Self::TCP | Self::UDP)
     }
 }
 

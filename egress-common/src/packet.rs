@@ -19,7 +19,8 @@ pub struct Way {
     pub destination: Address,
     /// What it carries, first of all.
     pub protocol: Protocol,
-    /// It goes by another host that it names itself, or under a loopback address to another machine, or cannot be read.
+    /// It goes by another host that it names itself, or under a loopback address to another machine or from a foreign
+    /// source, or cannot be read.
     pub is_bypass: bool,
 }
 
@@ -79,9 +80,11 @@ const MOST_HEADERS: u32 = 8;
 #[inline(always)]
 pub fn way_v6<P: Packet>(packet: &P) -> Option<Way> {
     let [next] = packet.load(6)?;
-    let words: [u8; 16] = packet.load(24)?;
-    let destination = Address::from_network_bytes(words);
-    let is_bypass = (destination.is_loopback_v6() && packet.leaves()) || routes_v6(packet, next);
+    let (source, destination) = (packet.load(8)?, packet.load(24)?);
+    let (source, destination) = (Address::from_network_bytes(source), Address::from_network_bytes(destination));
+    // IPv6 sends from any address that a socket is bound to, and answers to it.
+    let is_no_loopback = destination.is_loopback_v6() && (packet.leaves() || !source.is_loopback_v6());
+    let is_bypass = is_no_loopback || routes_v6(packet, next);
     Some(Way { destination, protocol: Protocol::from_kernel(next.into()), is_bypass })
 }
 
@@ -219,8 +222,14 @@ mod tests {
     fn loopback_addresses_stay_on_the_loopback_device() {
         assert!(is_bypass(way_v4(&v4([127, 8, 0, 1], &[]))));
         assert!(!is_bypass(way_v4(&Bytes { leaves: false, ..v4([127, 8, 0, 1], &[]) })));
-        assert!(is_bypass(way_v6(&v6("::1", 17, &[]))));
-        assert!(!is_bypass(way_v6(&Bytes { leaves: false, ..v6("::1", 17, &[]) })));
+        let from = |source: core::net::Ipv6Addr, leaves| {
+            let mut packet = Bytes { leaves, ..v6("::1", 17, &[]) };
+            packet.bytes[8..24].copy_from_slice(&source.octets());
+            is_bypass(way_v6(&packet))
+        };
+        assert!(from(core::net::Ipv6Addr::LOCALHOST, true) && !from(core::net::Ipv6Addr::LOCALHOST, false));
+        // What comes from elsewhere does not come here by the loopback device.
+        assert!(from("2001:db8::bad".parse().unwrap(), false));
     }
 
     proptest! {

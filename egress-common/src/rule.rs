@@ -216,7 +216,7 @@ mod tests {
         let entries = [
             Entries::None,
             Entries::EveryPort(Action::Deny, RULE),
-            Entries::Range(Segment::new(Protocol::Udp, 53, 54, Action::Allow, RULE)),
+            Entries::Range(Segment::new(Protocol::UDP, 53, 54, Action::Allow, RULE)),
             Entries::Segments(SegmentList { slot: 3, first: 1 << 20, count: 131_072 }),
         ];
         for entries in entries {

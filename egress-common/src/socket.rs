@@ -44,14 +44,14 @@ impl SocketKind {
     /// What a socket of a protocol is, if it is not raw.
     #[inline(always)]
     pub const fn of(protocol: Protocol) -> Self {
-        match protocol {
-            Protocol::Tcp => Self::Tcp,
-            Protocol::Udp => Self::Udp,
-            // `IPPROTO_ICMP` and `IPPROTO_ICMPV6`.
-            Protocol::Other(1 | 58) => Self::Icmp,
-            Protocol::Other(132) => Self::Sctp,
-            Protocol::Other(136) => Self::UdpLite,
-            Protocol::Other(_) => Self::Other,
+        match protocol.number() {
+            // `IPPROTO_TCP` and so on of `linux/in.h`.
+            6 => Self::Tcp,
+            17 => Self::Udp,
+            1 | 58 => Self::Icmp,
+            132 => Self::Sctp,
+            136 => Self::UdpLite,
+            _ => Self::Other,
         }
     }
 }

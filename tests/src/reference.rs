@@ -51,8 +51,8 @@ pub enum Why {
 /// What a compiled ruleset answers.
 pub fn ask(ruleset: &Ruleset, asked: Question) -> Answer {
     let protocol = match asked.l4 {
-        L4::Tcp => Protocol::Tcp,
-        L4::Udp => Protocol::Udp,
+        L4::Tcp => Protocol::TCP,
+        L4::Udp => Protocol::UDP,
     };
     let flow = Flow { place: Ruleset::PLACE, protocol, address: asked.address.into(), port: asked.port };
     let decision = ruleset.decide(&flow);

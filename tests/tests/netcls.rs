@@ -46,8 +46,13 @@ struct V1 {
 
 impl V1 {
     fn new(controller: &'static str) -> Result<Self> {
-        let (root, mount) = hierarchy(controller)
-            .with_context(|| format!("the kernel gives no hierarchy with {controller}; see /proc/cgroups"))?;
+        // One that another test gave up is still being taken down, perhaps.
+        let found = eventually("a hierarchy of its own", || match hierarchy(controller) {
+            Err(error) if error.downcast_ref() == Some(&Errno::BUSY) => None,
+            found => Some(found),
+        })?;
+        let (root, mount) =
+            found.with_context(|| format!("the kernel gives no hierarchy with {controller}; see /proc/cgroups"))?;
         let path = root.join(unique_name());
         fs::create_dir(&path)?;
         Ok(Self { controller, path, mount })

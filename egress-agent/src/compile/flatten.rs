@@ -233,7 +233,7 @@ impl<'a> Values<'a> {
 
 fn is_every_port(tcp: &Cut, udp: &Cut) -> bool {
     let whole = |cut: &Cut, protocol| cut.protocol == protocol && cut.low == 0 && cut.high == u16::MAX;
-    whole(tcp, Protocol::Tcp) && whole(udp, Protocol::Udp) && tcp.rank == udp.rank
+    whole(tcp, Protocol::TCP) && whole(udp, Protocol::UDP) && tcp.rank == udp.rank
 }
 
 fn index(len: usize) -> u32 {

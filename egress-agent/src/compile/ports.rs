@@ -22,8 +22,8 @@ pub(super) struct Cut {
 /// one of lowest rank is heard.
 pub(super) fn cut(claims: &[(u32, Ports)]) -> Vec<Cut> {
     let of = |l4| claims.iter().filter(move |(_, ports)| ports.l4 == l4).map(|&(rank, ports)| (rank, ports));
-    let mut cuts = cut_protocol(Protocol::Tcp, of(L4::Tcp));
-    cuts.extend(cut_protocol(Protocol::Udp, of(L4::Udp)));
+    let mut cuts = cut_protocol(Protocol::TCP, of(L4::Tcp));
+    cuts.extend(cut_protocol(Protocol::UDP, of(L4::Udp)));
     cuts
 }
 
@@ -86,7 +86,7 @@ mod tests {
             asked in prop::collection::vec(prop_oneof![0..8_u16, any::<u16>(), Just(u16::MAX)], 1..40),
         ) {
             let cuts = cut(&claims);
-            for (protocol, l4) in [(Protocol::Tcp, L4::Tcp), (Protocol::Udp, L4::Udp)] {
+            for (protocol, l4) in [(Protocol::TCP, L4::Tcp), (Protocol::UDP, L4::Udp)] {
                 for &port in &asked {
                     let expected = claims
                         .iter()

@@ -22,7 +22,6 @@ const SOCKETS: &str = "raw, ping, UDP-Lite, SCTP and packet sockets";
 const OUTSIDE: &str = "sockets made outside the filtered cgroup, or before it was filtered";
 const OPEN_BEFORE: &str = "connections that were open when the filter was attached or a policy changed";
 const CAPABLE: &str = "root in the workload with `CAP_SYS_ADMIN`, `CAP_BPF` or `CAP_NET_ADMIN`";
-const FORGED: &str = "answers to a packet with a forged source";
 const REPORTS: &str = "reports of memberships in multicast groups";
 const KERNEL: &str = "the kernel's own sockets";
 
@@ -34,8 +33,6 @@ pub const DOCUMENTED: &[Documented] = &[
     known("vsock to a process", ANYBODY, SOCKETS, "lsm"),
     known("RDS", ANYBODY, KERNEL, "lsm"),
     known("VXLAN tunnel", ROOT, CAPABLE, "none"),
-    known("source bound before the filter", ANYBODY, FORGED, "bind hook"),
-    known("where ip_nonlocal_bind is set", ANYBODY, FORGED, "none"),
     known("IGMP report", ANYBODY, REPORTS, "setsockopt"),
     known("MLD report", ANYBODY, REPORTS, "setsockopt"),
     known("connected before the filter", ANYBODY, OPEN_BEFORE, "existing: Terminate"),
@@ -67,6 +64,8 @@ pub struct Closed {
 
 /// Those ways.
 pub const CLOSED: &[Closed] = &[
+    closed("source bound before the filter", "packet guard"),
+    closed("where ip_nonlocal_bind is set", "packet guard"),
     closed("raw IPv", "sock_create"),
     closed("ping socket", "sock_create"),
     closed("UDP-Lite", "sock_create"),
