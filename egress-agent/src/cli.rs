@@ -23,7 +23,8 @@ const RUN_DIRECTORY: &str = "/run/egress";
 /// Egress firewall in the kernel, driven by Istio `ServiceEntry` documents.
 ///
 /// A workload may open connections only to destinations that a policy names. The kernel decides at `connect()` and
-/// `sendmsg()`: no proxy, no cost per packet. Whoever is refused gets `EPERM` at once, and each refusal is reported.
+/// `sendmsg()`: no proxy, no rules to search for each packet. Whoever is refused gets `EPERM` at once, and each refusal
+/// is reported.
 #[derive(Debug, Parser)]
 #[command(name = "egress-agent", version, about, long_about, max_term_width = 120)]
 pub struct Cli {

@@ -13,16 +13,26 @@ use egress_common::{
     Address, Entry, Flow, MAX_SCOPES, PrefixKey, Protocol, Rules, Segment, SegmentList, Settings, View, find_segment,
 };
 
+use zerocopy::transmute;
+
 use crate::peers;
+
+// Values of inner maps are described as arrays: where a struct is described, kernels from 5.15 to 6.2 look for timers in it,
+// and take no other map in its place but one that was described the same way (`bpf_map_meta_equal`).
+
+/// An [`Entry`], in words.
+type EntryWords = [u32; 4];
+/// A [`Segment`], in words.
+type SegmentWords = [u32; 3];
 
 /// Inner arrays differ in length, which the kernel allows for arrays with this flag (5.10).
 const ANY_LENGTH: usize = BPF_F_INNER_MAP as usize;
 
 #[btf_map]
-static POLICY: ArrayOfMaps<LpmTrie<Address, Entry, 1>, { 2 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
+static POLICY: ArrayOfMaps<LpmTrie<Address, EntryWords, 1>, { 2 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
 
 #[btf_map]
-static SEGMENTS: ArrayOfMaps<Array<Segment, 1, ANY_LENGTH>, { 4 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
+static SEGMENTS: ArrayOfMaps<Array<SegmentWords, 1, ANY_LENGTH>, { 4 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
 
 #[btf_map]
 static VIEWS: Array<Settings, { 2 * MAX_SCOPES as usize }> = Array::new();
@@ -51,7 +61,8 @@ impl Rules for Maps<'_> {
         let key = PrefixKey::host(address);
         // SAFETY: both are `repr(C)` with a `u32` length before 16 bytes of address, and `Key` asks for no alignment.
         let key = unsafe { &*(&raw const key).cast::<Key<Address>>() };
-        POLICY.get(view.index())?.get(key).copied()
+        let words: EntryWords = *POLICY.get(view.index())?.get(key)?;
+        Some(transmute!(words))
     }
 
     #[inline(always)]
@@ -80,7 +91,8 @@ impl Rules for Maps<'_> {
 
 #[inline(always)]
 fn segment(slot: u32, index: u32) -> Option<Segment> {
-    SEGMENTS.get_value(slot, &index).copied()
+    let words: SegmentWords = *SEGMENTS.get_value(slot, &index)?;
+    Some(transmute!(words))
 }
 
 /// [`find_segment`] in a list, verified once as a function of its own: inline in each hook, its branches would be

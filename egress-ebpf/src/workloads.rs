@@ -13,13 +13,16 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use egress_common::{MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place};
+use zerocopy::transmute;
 
 use crate::meta;
 
 /// `BPF_F_NO_PREALLOC` of `linux/bpf.h`: most hosts need few of the elements.
 const NO_PREALLOC: usize = 1;
 
-type Placements = HashMap<u64, Placement, 1, NO_PREALLOC>;
+/// A [`Placement`], in words: see `rules.rs` for why.
+type PlacementWords = [u32; 2];
+type Placements = HashMap<u64, PlacementWords, 1, NO_PREALLOC>;
 
 #[btf_map]
 static WORKLOADS: ArrayOfMaps<Placements, 1> = ArrayOfMaps::new();
@@ -61,7 +64,8 @@ impl Workloads for Maps<'_> {
     #[inline(always)]
     fn placement(&self, cgroup: u64) -> Option<Placement> {
         // SAFETY: no element is changed or removed while the map can be reached from here.
-        unsafe { self.placements.get(cgroup) }.copied()
+        let words: PlacementWords = *unsafe { self.placements.get(cgroup) }?;
+        Some(transmute!(words))
     }
 
     #[inline(always)]

@@ -1,4 +1,4 @@
-//! The escape battery: every way by which a process can make this host send a packet off the machine, tried from inside a
+//! The escapee battery: every way by which a process can make this host send a packet off the machine, tried from inside a
 //! filtered cgroup, against receivers that see whatever arrives.
 //!
 //! Each [`Vector`] is tried twice as root and twice as an ordinary user, for a destination that the policy names and for

@@ -62,6 +62,13 @@ pub fn program(name: &str) -> Result<PathBuf> {
     Ok(program)
 }
 
+/// Whether the running kernel is older than a version.
+pub fn kernel_is_before(major: u32, minor: u32) -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
+    numbers.next().zip(numbers.next()).is_some_and(|version| version < (major, minor))
+}
+
 /// How long anything may take before a test gives up on it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -13,6 +13,7 @@ use egress_tests::{
     agent::Agent,
     cgroup::Cgroup,
     dnsmasq::Dnsmasq,
+    kernel_is_before,
     netns::Netns,
 };
 use rustix::io::Errno;
@@ -235,6 +236,8 @@ fn a_refused_call_returns_what_the_policy_says() {
         if generation > 1 {
             scene.change(&format!("refuseWith: {refusal}"), generation);
         }
+        // Programs choose the errno by bpf_set_retval, which Linux has since 5.18.
+        let (refusal, errno) = if kernel_is_before(5, 18) { ("EPERM", Errno::PERM) } else { (refusal, errno) };
         assert_eq!(scene.actor.send_udp(to).unwrap(), Err(errno));
         let denial = scene.agent.denial().unwrap();
         assert_eq!((&denial["errno"], &denial["verdict"]), (&refusal.into(), &"deny".into()));

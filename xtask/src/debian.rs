@@ -49,6 +49,44 @@ impl Debian {
         Ok(debian)
     }
 
+    /// Apt that knows one suite of an archive and nothing that is installed.
+    pub fn suite(directory: &Path, archive: &str, suite: &str) -> Result<Self> {
+        const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let debian = Self { directory: directory.to_owned() };
+        debian.configure()?;
+        let write = |name: &str, text: &str| {
+            let file = directory.join(name);
+            fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
+        };
+        write("sources.list", &format!("deb [signed-by={KEYRING}] {archive} {suite} main\n"))?;
+        write("status", "")?;
+        let only = |what: &str, file: &str| format!("Dir::{what} \"{}/{file}\";\n", directory.display());
+        let more = [only("Etc::SourceList", "sources.list"), only("State::status", "status")].concat();
+        let configuration = configuration(directory) + &more + "Dir::Etc::SourceParts \"-\";\n";
+        write("apt.conf", &configuration)?;
+        debian.update()?;
+        Ok(debian)
+    }
+
+    /// Where the system gets an archive from, such as `debian` or `debian-security`.
+    pub fn mirror(archive: &str) -> Result<String> {
+        let mut command = Command::new("apt-get");
+        command.args(["indextargets", "--format", "$(REPO_URI)"]).env("LC_ALL", "C.UTF-8");
+        let printed = process::capture(&mut command, "looking up the sources of packages")?;
+        let found = printed.lines().find(|uri| uri.trim_end_matches('/').ends_with(&format!("/{archive}")));
+        found.map(str::to_owned).with_context(|| format!("apt has no source for {archive}"))
+    }
+
+    /// These packages and no others.
+    pub fn archives(&self, named: &[&str]) -> Result<Vec<Archive>> {
+        let mut command = self.apt("apt-get");
+        command.args(["-qq", "download", "--print-uris"]).args(named);
+        let printed = process::capture(&mut command, &format!("looking up {}", named.join(", ")))?;
+        let archives = parse_uris(&printed);
+        ensure!(archives.len() == named.len(), "{} of {} packages can be had", archives.len(), named.len());
+        Ok(archives)
+    }
+
     /// The direct dependencies of `package`, without alternatives that are virtual.
     pub fn depends(&self, package: &str) -> Result<Vec<String>> {
         let mut command = self.apt("apt-cache");
@@ -60,12 +98,7 @@ impl Debian {
     pub fn plan(&self, named: &[&str], installable: &[&str]) -> Result<Vec<Archive>> {
         let missing = self.missing(installable)?;
         let packages: BTreeSet<&str> = named.iter().copied().chain(missing.iter().map(String::as_str)).collect();
-        let mut command = self.apt("apt-get");
-        command.args(["-qq", "download", "--print-uris"]).args(&packages);
-        let printed = process::capture(&mut command, &format!("looking up {}", named.join(", ")))?;
-        let archives = parse_uris(&printed);
-        ensure!(archives.len() == packages.len(), "{} of {} packages can be had", archives.len(), packages.len());
-        Ok(archives)
+        self.archives(&packages.into_iter().collect::<Vec<_>>())
     }
 
     /// Downloads `archives` (what an earlier try completed is kept) and unpacks them into `directory`.

@@ -15,6 +15,7 @@ mod run;
 mod step;
 mod test;
 mod toolchain;
+mod vm;
 mod workspace;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -59,6 +60,12 @@ enum Command {
     },
     /// Build, then write the generated files: schemas, the CRD, reference pages
     Docs,
+    /// Boot kernels of Debian in QEMU and run the kernel tests in them; all of them, if none is named
+    Vm {
+        /// 5.10, 6.1, 6.12 or 7.3
+        #[arg(value_name = "KERNEL")]
+        kernels: Vec<OsString>,
+    },
     /// All checks before a push: fmt, clippy, rustc warnings, docs, licences and sources, tests
     Ci,
 }
@@ -80,6 +87,7 @@ fn command(command: &Command) -> anyhow::Result<()> {
         Command::Test { arguments } => test::test(&workspace, arguments),
         Command::Run { arguments } => run::run(&workspace, arguments),
         Command::Docs => docs::docs(&workspace),
+        Command::Vm { kernels } => vm::vm(&workspace, kernels),
         Command::Ci => ci::ci(&workspace),
     }
 }

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     build, companions, process,
     root::{self, Environment},
+    vm,
     workspace::Workspace,
 };
 
@@ -24,8 +25,11 @@ pub fn test(workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
     let (selection, rest) = split(arguments);
     phases.time("compile tests", || compile(workspace, selection))?;
     let tested = phases.time("run tests", || run(workspace, &environment, selection, rest));
+    // Some tests alone are for the running kernel.
+    let elsewhere =
+        if arguments.is_empty() { phases.time("another kernel", || vm::ordinary(workspace)) } else { Ok(()) };
     phases.report();
-    tested
+    tested.and(elsewhere)
 }
 
 fn compile(workspace: &Workspace, selection: &[OsString]) -> Result<()> {

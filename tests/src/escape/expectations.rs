@@ -1,6 +1,7 @@
 //! The ways out that are open and known. The list is exact: a way that is closed, or that nobody knew, fails the test.
 
 use super::Who;
+use crate::kernel_is_before;
 
 /// A way that is open.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +23,7 @@ const SOCKETS: &str = "raw, ping, UDP-Lite, SCTP and packet sockets";
 const OUTSIDE: &str = "sockets made outside the filtered cgroup, or before it was filtered";
 const OPEN_BEFORE: &str = "connections that were open when the filter was attached or a policy changed";
 const CAPABLE: &str = "root in the workload with `CAP_SYS_ADMIN`, `CAP_BPF` or `CAP_NET_ADMIN`";
+const FORGED: &str = "answers to a packet with a forged source";
 const REPORTS: &str = "reports of memberships in multicast groups";
 const KERNEL: &str = "the kernel's own sockets";
 
@@ -33,6 +35,7 @@ pub const DOCUMENTED: &[Documented] = &[
     known("vsock to a process", ANYBODY, SOCKETS, "lsm"),
     known("RDS", ANYBODY, KERNEL, "lsm"),
     known("VXLAN tunnel", ROOT, CAPABLE, "none"),
+    known("where ip_nonlocal_bind is set: TCP SYN-ACK from this host", ANYBODY, FORGED, "none"),
     known("IGMP report", ANYBODY, REPORTS, "setsockopt"),
     known("MLD report", ANYBODY, REPORTS, "setsockopt"),
     known("connected before the filter", ANYBODY, OPEN_BEFORE, "existing: Terminate"),
@@ -47,9 +50,20 @@ const fn known(vector: &'static str, who: &'static [Who], row: &'static str, lay
     Documented { vector, who, row, layer }
 }
 
+/// More ways, where the kernel has no `setsockopt` programs that know the caller's cgroup (before 6.1). What is sent to the
+/// loopback is the packet guard's.
+const DOCUMENTED_BEFORE_6_1: &[Documented] = &[
+    known("answer of a UDP socket to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt"),
+    known("ICMP error to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt"),
+    known("TCP SYN-ACK to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt"),
+    known("TCP SYN-ACK from an address of this host", ANYBODY, FORGED, "setsockopt"),
+    known("ICMPv6 error from an address of this host", ANYBODY, FORGED, "setsockopt"),
+];
+
 /// Whether a leak is known, and where it is documented.
 pub fn documented(vector: &str, who: Who) -> Option<&'static Documented> {
-    let named = DOCUMENTED.iter().find(|known| vector.starts_with(known.vector));
+    let more = if kernel_is_before(6, 1) { DOCUMENTED_BEFORE_6_1 } else { &[] };
+    let named = DOCUMENTED.iter().chain(more).find(|known| vector.starts_with(known.vector));
     named.filter(|known| known.who.contains(&who))
 }
 
@@ -104,5 +118,6 @@ const fn closed(vector: &'static str, layer: &'static str) -> Closed {
 
 /// The layer that closes a vector whatever its destination, if one does.
 pub fn closed_as_a_whole(vector: &str) -> Option<&'static Closed> {
-    CLOSED.iter().find(|way| vector.starts_with(way.vector))
+    let is_open = |vector: &str| documented(vector, Who::Root).is_some();
+    CLOSED.iter().find(|way| vector.starts_with(way.vector)).filter(|_| !is_open(vector))
 }

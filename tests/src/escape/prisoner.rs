@@ -54,7 +54,7 @@ impl Prisoner {
     /// Starts one in a network namespace and in a cgroup, and waits until it has prepared. `other` is a namespace that it
     /// may enter, if it can.
     pub fn start(attempt: &Attempt, namespace: &Namespace, other: &Namespace, cgroup: &Cgroup) -> Result<Self> {
-        let mut command = Command::new(program("escape")?);
+        let mut command = Command::new(program("escapee")?);
         command.args(["attempt", attempt.vector.name, &attempt.who.to_string()]);
         command.args([attempt.target.number().to_string(), attempt.target.permission().to_string()]);
         command.arg(format!("/proc/{}/fd/{}", std::process::id(), other.fd().as_raw_fd()));

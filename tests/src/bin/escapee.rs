@@ -1,4 +1,4 @@
-//! The escape battery as a program: `escape attempt …` is a prisoner, `escape battery [WORD…]` runs those vectors that
+//! The escapee battery as a program: `escapee attempt …` is a prisoner, `escapee battery [WORD…]` runs those vectors that
 //! have one of the words in their names and writes a table. [`egress_tests::escape`] says what it is.
 
 use anyhow::{Result, bail};
@@ -14,6 +14,6 @@ fn main() -> Result<()> {
             battery::check(&cases)
         }
         Some((what, rest)) if what == "use" => vectors::use_inherited(rest),
-        _ => bail!("escape attempt … | escape battery [WORD…]"),
+        _ => bail!("escapee attempt … | escapee battery [WORD…]"),
     }
 }
