@@ -152,7 +152,7 @@ mod tests {
             }
             for bits in 0..2000 {
                 for port in 0..4 {
-                    let is_recent = model.get(&(bits, port)).is_some_and(|heard| now - heard.max(&1) <= REPLY_SECONDS);
+                    let is_recent = model.get(&(bits, port)).is_some_and(|&heard: &u32| now.saturating_sub(heard.max(1)) <= REPLY_SECONDS);
                     prop_assert!(is_recent || !peers.has(Address::from_bits(bits), port, now));
                 }
             }
