@@ -61,11 +61,7 @@ enum Command {
     /// Build, then write the generated files: schemas, the CRD, reference pages
     Docs,
     /// Boot kernels of Debian in QEMU and run the kernel tests in them; all of them, if none is named
-    Vm {
-        /// 5.10, 6.1, 6.12 or 7.3
-        #[arg(value_name = "KERNEL")]
-        kernels: Vec<OsString>,
-    },
+    Vm(vm::Options),
     /// All checks before a push: fmt, clippy, rustc warnings, docs, licences and sources, tests
     Ci,
 }
@@ -87,7 +83,7 @@ fn command(command: &Command) -> anyhow::Result<()> {
         Command::Test { arguments } => test::test(&workspace, arguments),
         Command::Run { arguments } => run::run(&workspace, arguments),
         Command::Docs => docs::docs(&workspace),
-        Command::Vm { kernels } => vm::vm(&workspace, kernels),
+        Command::Vm(options) => vm::vm(&workspace, options),
         Command::Ci => ci::ci(&workspace),
     }
 }

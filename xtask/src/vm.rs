@@ -7,10 +7,8 @@
 use std::{
     collections::BTreeMap,
     ffi::OsString,
-    fs,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::Duration,
+    path::PathBuf,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -18,10 +16,29 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::{build, companions, debian::Debian, process, root, step, workspace::Workspace};
 
 mod image;
+mod machine;
 mod report;
 
-use image::Image;
+use image::{Image, Tests};
+use machine::Machine;
 use report::Outcome;
+
+/// What to run, and under which kernels.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Kernels, such as 5.10: those of --list
+    #[arg(value_name = "KERNEL")]
+    kernels: Vec<String>,
+    /// Only this file of the tests, instead of all of --list; can be given again
+    #[arg(long = "test", value_name = "FILE")]
+    tests: Vec<String>,
+    /// Say which kernels and test files there are, and do nothing else
+    #[arg(long)]
+    list: bool,
+    /// Arguments for the test programs, such as the name of a test
+    #[arg(last = true, value_name = "ARGS")]
+    arguments: Vec<OsString>,
+}
 
 /// A kernel of Debian.
 struct Kernel {
@@ -43,40 +60,68 @@ const KERNELS: [Kernel; 4] = [
 const ORDINARY: (&str, &[&str]) = ("6.1", &["sockets", "escape"]);
 
 /// Test files that need nothing which is not in the image.
-const TESTS: [&str; 5] = ["kernel", "sockets", "escape", "existing", "start"];
+const TESTS: [&str; 12] = [
+    "features",
+    "kernel",
+    "sockets",
+    "escape",
+    "existing",
+    "start",
+    "pinned",
+    "reload",
+    "workloads",
+    "exec",
+    "beside",
+    "privileges",
+];
 
-/// How long a kernel may take for all of it.
-const PATIENCE: Duration = Duration::from_mins(15);
+/// How long one test file may take.
+const PATIENCE: Duration = Duration::from_mins(6);
 
 /// Runs the tests under these kernels, or under all of them. If each has run them at some time, it writes `docs/kernels.md`.
-pub fn vm(workspace: &Workspace, names: &[OsString]) -> Result<()> {
-    let kernels = select(names)?;
+pub fn vm(workspace: &Workspace, options: &Options) -> Result<()> {
+    if options.list {
+        return list();
+    }
+    let kernels = select(&options.kernels, &KERNELS, |kernel| kernel.name, "kernel")?;
+    let tests = select(&options.tests, &TESTS, |test| test, "test file")?;
+    let tests =
+        Tests { files: tests.into_iter().copied().collect(), arguments: &options.arguments, patience: PATIENCE };
     prepare(workspace)?;
+    let is_all = options.tests.is_empty() && options.arguments.is_empty();
     let mut outcomes = BTreeMap::new();
     for kernel in &kernels {
-        outcomes.insert(kernel.name, kernel.test(workspace, kernel.name, &TESTS)?);
+        let log = if is_all { kernel.name.to_owned() } else { format!("{}-some", kernel.name) };
+        outcomes.insert(kernel.name, kernel.test(workspace, &log, &tests)?);
     }
-    let last = KERNELS.iter().map(|kernel| Ok((kernel.name, Outcome::read(&log(workspace, kernel.name))?)));
-    if let Ok(last) = last.collect::<Result<Vec<_>>>() {
-        report::write(workspace, &TESTS, &last)?;
+    if is_all {
+        report(workspace)?;
     }
     conclude(&outcomes)
 }
 
 /// One kernel, for the ordinary test command. The agent and the tests are built already.
 pub fn ordinary(workspace: &Workspace) -> Result<()> {
-    let (name, tests) = ORDINARY;
+    let (name, files) = ORDINARY;
     let kernel = KERNELS.iter().find(|kernel| kernel.name == name).context("it is one of the kernels")?;
-    conclude(&BTreeMap::from([(name, kernel.test(workspace, "ordinary", tests)?)]))
+    let tests = Tests { files: files.to_vec(), arguments: &[], patience: PATIENCE };
+    conclude(&BTreeMap::from([(name, kernel.test(workspace, "ordinary", &tests)?)]))
 }
 
-fn select(names: &[OsString]) -> Result<Vec<&'static Kernel>> {
-    let known = || KERNELS.map(|kernel| kernel.name).join(", ");
-    let find = |name: &OsString| {
-        let found = KERNELS.iter().find(|kernel| name == kernel.name);
-        found.with_context(|| format!("no kernel {}: there are {}", name.display(), known()))
+#[expect(clippy::unnecessary_wraps, reason = "it is a command like the others")]
+fn list() -> Result<()> {
+    println!("kernels: {}", KERNELS.map(|kernel| kernel.name).join(", "));
+    println!("tests: {}", TESTS.join(", "));
+    Ok(())
+}
+
+/// Those of all that are named, or all.
+fn select<'a, T>(names: &[String], all: &'a [T], name_of: fn(&T) -> &str, what: &str) -> Result<Vec<&'a T>> {
+    let find = |name: &String| {
+        let known = || all.iter().map(name_of).collect::<Vec<_>>().join(", ");
+        all.iter().find(|one| name_of(one) == name).with_context(|| format!("no {what} {name}: there are {}", known()))
     };
-    if names.is_empty() { Ok(KERNELS.iter().collect()) } else { names.iter().map(find).collect() }
+    if names.is_empty() { Ok(all.iter().collect()) } else { names.iter().map(find).collect() }
 }
 
 /// Builds what runs in the machine.
@@ -88,6 +133,21 @@ fn prepare(workspace: &Workspace) -> Result<()> {
     process::run(cargo.args(["test", "--no-run", "--package", "egress-tests"]), "compiling the tests")
 }
 
+/// Writes the documentation, once all kernels have run.
+fn report(workspace: &Workspace) -> Result<()> {
+    let mut outcomes = Vec::new();
+    for kernel in &KERNELS {
+        let log = log(workspace, kernel.name);
+        let outcome = if log.exists() { Outcome::read(&log)? } else { Outcome::default() };
+        if !outcome.is_complete() {
+            eprintln!("xtask: docs/kernels.md stays as it is until Linux {} has run to its end, too", kernel.name);
+            return Ok(());
+        }
+        outcomes.push((kernel.name, outcome));
+    }
+    report::write(workspace, &TESTS, &outcomes)
+}
+
 fn conclude(outcomes: &BTreeMap<&str, Outcome>) -> Result<()> {
     let failed: Vec<&str> = outcomes.iter().filter(|(_, outcome)| !outcome.is_good()).map(|(name, _)| *name).collect();
     if failed.is_empty() { Ok(()) } else { bail!("tests fail under {}", failed.join(", ")) }
@@ -95,18 +155,22 @@ fn conclude(outcomes: &BTreeMap<&str, Outcome>) -> Result<()> {
 
 impl Kernel {
     /// Runs tests; what they print is kept under `log_name`.
-    fn test(&self, workspace: &Workspace, log_name: &str, tests: &[&str]) -> Result<Outcome> {
+    fn test(&self, workspace: &Workspace, log_name: &str, tests: &Tests<'_>) -> Result<Outcome> {
         ensure!(cfg!(target_arch = "x86_64"), "kernels are run on x86-64 only");
         let _lock = step::lock(workspace)?;
         let (qemu, busybox) = (fetch(workspace, "qemu-system-x86")?, fetch(workspace, "busybox-static")?);
         let kernel = self.fetch(workspace)?;
-        let image = workspace.target("vm").join(format!("{log_name}.initramfs"));
-        Image::new(workspace, &busybox, &kernel)?.with_tests(workspace, tests)?.write(&image)?;
-        eprintln!("xtask: booting Linux {} with {}", self.name, tests.join(", "));
+        let initramfs = workspace.target("vm").join(format!("{log_name}.initramfs"));
+        Image::new(workspace, &busybox, &kernel)?.with_tests(workspace, tests)?.write(&initramfs)?;
+        eprintln!("xtask: booting Linux {} with {}", self.name, tests.files.join(", "));
         let log = log(workspace, log_name);
-        boot(&qemu, &kernel, &image, &log)?;
+        let start = Instant::now();
+        let machine =
+            Machine { qemu: &qemu, kernel: &kernel, initramfs: &initramfs, log: &log, patience: tests.longest() };
+        machine.run()?;
         let outcome = Outcome::read(&log)?;
-        eprintln!("xtask: Linux {}: {outcome}; all of it is in {}", self.name, log.display());
+        let seconds = start.elapsed().as_secs();
+        eprintln!("xtask: Linux {}: {outcome}, in {seconds} s; all of it is in {}", self.name, log.display());
         Ok(outcome)
     }
 
@@ -147,37 +211,6 @@ fn fetch(workspace: &Workspace, package: &str) -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// Runs a kernel until it powers off.
-fn boot(qemu: &Path, kernel: &Path, image: &Path, log: &Path) -> Result<()> {
-    let vmlinuz = image::find(kernel, |name| name.starts_with("vmlinuz-")).context("the packages have no kernel")?;
-    let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|path| qemu.join(path));
-    let mut command = Command::new(qemu.join("usr/bin/qemu-system-x86_64"));
-    command.env("LD_LIBRARY_PATH", std::env::join_paths(libraries)?);
-    for data in ["usr/share/qemu", "usr/share/seabios"] {
-        command.arg("-L").arg(qemu.join(data));
-    }
-    command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]);
-    command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]);
-    command.arg("-kernel").arg(vmlinuz).arg("-initrd").arg(image);
-    command.args(["-append", "console=ttyS0 quiet loglevel=3 panic=-1"]);
-    let output = fs::File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
-    command.stdin(Stdio::null()).stdout(output);
-    let mut machine = command.spawn().context("cannot start QEMU")?;
-    let end = std::time::Instant::now() + PATIENCE;
-    while machine.try_wait().context("cannot wait for QEMU")?.is_none() {
-        if std::time::Instant::now() > end {
-            machine.kill().and_then(|()| machine.wait()).context("cannot end QEMU")?;
-            bail!(
-                "the machine did not come to an end within {} minutes: see {}",
-                PATIENCE.as_secs() / 60,
-                log.display()
-            );
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,12 +218,13 @@ mod tests {
     #[test]
     fn kernels_are_chosen_by_name() {
         let names = |names: &[&str]| {
-            let names: Vec<OsString> = names.iter().map(OsString::from).collect();
-            select(&names).map(|kernels| kernels.iter().map(|kernel| kernel.name).collect::<Vec<_>>())
+            let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+            let kernels = select(&names, &KERNELS, |kernel| kernel.name, "kernel");
+            kernels.map(|kernels| kernels.iter().map(|kernel| kernel.name).collect::<Vec<_>>())
         };
         assert_eq!(names(&[]).unwrap().len(), KERNELS.len());
         assert_eq!(names(&["6.12", "5.10"]).unwrap(), ["6.12", "5.10"]);
-        assert!(names(&["4.19"]).unwrap_err().to_string().contains("there are 5.10, 6.1"));
+        assert!(names(&["4.19"]).unwrap_err().to_string().contains("no kernel 4.19: there are 5.10, 6.1"));
     }
 
     #[test]

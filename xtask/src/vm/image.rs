@@ -2,11 +2,13 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::{OsStr, OsString},
     fs::{self, File},
     io::{BufWriter, Write},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -51,6 +53,7 @@ mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
+mount -t securityfs security /sys/kernel/security
 mkdir -p /run/netns /dev/shm
 ln -s /proc/self/fd /dev/fd
 ip link set lo up
@@ -60,15 +63,33 @@ mkdir /sys/fs/cgroup/tests && echo 1 > /sys/fs/cgroup/tests/cgroup.procs
 . /environment
 echo "=== KERNEL $(uname -r) $(uname -v)"
 grep -q bpf /sys/kernel/security/lsm 2>/dev/null && echo "=== LSM bpf"
+cd "$WORK"
 while read -r name program; do
     echo "=== RUN $name"
-    cd "$WORK" && "$program" --test-threads=2 2>&1
+    timeout -k 5 "$PATIENCE" "$program" --test-threads=2 "$@" 2>&1 < /dev/null
     echo "=== EXIT $name $?"
 done < /tests
 echo "=== DONE"
 echo o > /proc/sysrq-trigger
 sleep 60
 "#;
+
+/// What is to be run in the machine.
+pub struct Tests<'a> {
+    /// Test files of `egress-tests`.
+    pub files: Vec<&'static str>,
+    /// For each of them.
+    pub arguments: &'a [OsString],
+    /// How long each of them may take.
+    pub patience: Duration,
+}
+
+impl Tests<'_> {
+    /// How long all of them may take, with the machine's start.
+    pub fn longest(&self) -> Duration {
+        self.patience * u32::try_from(self.files.len()).unwrap_or(u32::MAX) + Duration::from_mins(1)
+    }
+}
 
 enum Node {
     Directory,
@@ -106,10 +127,10 @@ impl Image {
     }
 
     /// With the agent, test files and what they run.
-    pub fn with_tests(mut self, workspace: &Workspace, names: &[&str]) -> Result<Self> {
+    pub fn with_tests(mut self, workspace: &Workspace, tests: &Tests<'_>) -> Result<Self> {
         let deps = workspace.target("debug/deps");
         let mut list = String::new();
-        for name in names {
+        for &name in &tests.files {
             let program = newest(&deps, name)?;
             list.extend([name, " ", &program.to_string_lossy(), "\n"]);
             self.program(&program)?;
@@ -123,16 +144,17 @@ impl Image {
         let companions = workspace.target("companions");
         self.tree(&companions.join("dnsmasq"))?;
         self.text("tests", &list);
-        let environment = [
-            ("EGRESS_AGENT", workspace.agent()),
-            ("EGRESS_COMPANIONS", companions),
-            ("EGRESS_EBPF_OBJECT", object),
-            ("WORK", workspace.root().join("tests")),
+        let work = workspace.root().join("tests");
+        self.put(&work, Node::Directory);
+        let variables: [(&str, OsString); 6] = [
+            ("EGRESS_AGENT", workspace.agent().into()),
+            ("EGRESS_COMPANIONS", companions.into()),
+            ("EGRESS_EBPF_OBJECT", object.into()),
+            ("EGRESS_FEATURES", "/dev/console".into()),
+            ("PATIENCE", tests.patience.as_secs().to_string().into()),
+            ("WORK", work.into()),
         ];
-        self.put(workspace.root().join("tests"), Node::Directory);
-        let lines: Vec<String> =
-            environment.iter().map(|(name, value)| format!("export {name}='{}'\n", value.display())).collect();
-        self.text("environment", &lines.concat());
+        self.text("environment", &environment(&variables, tests.arguments));
         Ok(self)
     }
 
@@ -216,6 +238,14 @@ impl Image {
         out.write_all(&entry(0, "TRAILER!!!", 0, &[])).with_context(failed)?;
         out.flush().with_context(failed)
     }
+}
+
+/// Variables and arguments, as the shell reads them.
+fn environment(variables: &[(&str, OsString)], arguments: &[OsString]) -> String {
+    let quote = |word: &OsStr| format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"));
+    let lines = variables.iter().map(|(name, value)| format!("export {name}={}\n", quote(value)));
+    let words: Vec<String> = arguments.iter().map(|argument| quote(argument)).collect();
+    lines.collect::<String>() + "set -- " + &words.join(" ") + "\n"
 }
 
 /// A character device: number 5, 1 (`Documentation/admin-guide/devices.txt`).
@@ -312,6 +342,14 @@ mod tests {
         assert!(text.starts_with("07070100000007000081ed0000000000000000000000010000000000000005"), "{text}");
         assert!(entry.len().is_multiple_of(4) && text.ends_with("hello\0\0\0"), "{text:?}");
         assert!(text.contains("0000000500000000init\0"), "{text:?}");
+    }
+
+    #[test]
+    fn the_shell_reads_variables_and_arguments_as_they_are() {
+        let text = environment(&[("A", "it's $HOME".into())], &["x y".into(), "--exact".into()]);
+        let mut shell = Command::new("sh");
+        let script = text + "printf '%s|' \"$A\" \"$@\"";
+        assert_eq!(process::capture(shell.args(["-c", &script]), "the shell").unwrap(), "it's $HOME|x y|--exact|");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What came of the tests in a machine: read from its console, and written to `docs/kernels.md`.
 
-use std::{collections::BTreeMap, fmt, fmt::Write as _, fs, path::Path};
+use std::{collections::BTreeMap, fmt, fs, path::Path};
 
 use anyhow::{Context as _, Result};
 
@@ -12,10 +12,14 @@ pub struct Outcome {
     /// `uname -r`, and what distributions add.
     kernel: String,
     has_bpf_lsm: bool,
+    /// What it can do, and cannot.
+    features: BTreeMap<String, bool>,
     /// Modules that it does not have.
     lacks: Vec<String>,
     /// By test file.
     files: BTreeMap<String, Counts>,
+    /// Tests, each after its file.
+    failed: Vec<String>,
     is_complete: bool,
 }
 
@@ -24,6 +28,23 @@ struct Counts {
     passed: u32,
     failed: u32,
     ended_well: bool,
+}
+
+impl Counts {
+    const fn is_good(self) -> bool {
+        self.ended_well && self.failed == 0 && self.passed > 0
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed", self.passed)?;
+        match (self.failed, self.ended_well) {
+            (0, true) => Ok(()),
+            (0, false) => f.write_str(", did not end"),
+            (failed, _) => write!(f, ", {failed} failed"),
+        }
+    }
 }
 
 impl Outcome {
@@ -41,10 +62,17 @@ impl Outcome {
                 file.passed += number_before(counts, " passed");
                 file.failed += number_before(counts, " failed");
             }
+            if let Some(name) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... FAILED")) {
+                outcome.failed.push(format!("{current} {name}"));
+            }
             let Some(said) = line.strip_prefix("=== ") else { continue };
             match said.split_once(' ').unwrap_or((said, "")) {
                 ("KERNEL", kernel) => kernel.clone_into(&mut outcome.kernel),
                 ("LSM", _) => outcome.has_bpf_lsm = true,
+                ("FEATURE", feature) => {
+                    let (is_there, name) = feature.split_once(' ').unwrap_or_default();
+                    outcome.features.insert(name.to_owned(), is_there == "yes");
+                }
                 ("LACKS", module) => outcome.lacks.push(module.to_owned()),
                 ("RUN", name) => {
                     name.clone_into(&mut current);
@@ -62,9 +90,19 @@ impl Outcome {
         outcome
     }
 
+    /// The version of the kernel's package, as Debian's kernels tell it after their name: `… Debian 6.1.176-1 (2026-07-02)`.
+    fn package(&self) -> &str {
+        self.kernel.split_once("Debian ").map_or("", |(_, rest)| rest.split(' ').next().unwrap_or_default())
+    }
+
+    /// Whether it ran to its end.
+    pub const fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
     /// Whether all tests ran and passed.
     pub fn is_good(&self) -> bool {
-        self.is_complete && self.files.values().all(|file| file.ended_well && file.failed == 0 && file.passed > 0)
+        self.is_complete && self.files.values().all(|file| file.is_good())
     }
 }
 
@@ -77,7 +115,12 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sum = |of: fn(&Counts) -> u32| self.files.values().map(of).sum::<u32>();
         write!(f, "{} tests passed, {} failed", sum(|file| file.passed), sum(|file| file.failed))?;
-        if self.is_complete { Ok(()) } else { f.write_str(", and it ended early") }
+        if !self.failed.is_empty() {
+            write!(f, " ({})", self.failed.join(", "))?;
+        }
+        let endless = self.files.iter().filter(|(_, file)| file.failed == 0 && !file.ended_well);
+        endless.map(|(name, _)| name).try_for_each(|name| write!(f, ", {name} did not end"))?;
+        if self.is_complete { Ok(()) } else { f.write_str(", and the machine ended early") }
     }
 }
 
@@ -88,18 +131,28 @@ kernels than 5.10 are refused at the start: they lack ring buffers and inner map
 
 ";
 
-const TAIL: &str = "
-What a kernel lacks, and what happens then:
-
-| feature | since | without it |
-|---|---|---|
-| `setsockopt` programs that know the caller's cgroup | 6.1 | `status` 1; sources can be forged, see GUARANTEES.md. Source routes and routing headers are the packet guard's to refuse |
-| `bpf_set_retval` | 5.18 | a refused call returns `EPERM`, whatever `refuseWith` says |
-| filling a trie by batches | 5.19 | each prefix is a call: large policies take longer |
-| detaching a link | 5.11 | the set of the agent before is detached when its pins are removed |
-| memory of maps outside `RLIMIT_MEMLOCK` | 5.11 | the agent lifts the limit for itself, which takes `CAP_SYS_RESOURCE` |
-| sockets keep their cgroup beside `net_cls` and `net_prio` | 5.10.226, 5.15 | probed; see [failures](failures.md) |
-";
+/// What some kernels lack: the name, the version since which it is there, and what happens without it. Those that
+/// `features.rs` looks for have the names that it prints.
+const FEATURES: [[&str; 3]; 6] = [
+    [
+        "`setsockopt` programs that know the caller's cgroup",
+        "6.1",
+        "`status` 1; sources can be forged, see GUARANTEES.md. Source routes and routing headers are the packet guard's to refuse",
+    ],
+    ["filling a trie by batches", "5.19", "each prefix is a call: large policies take longer"],
+    ["`bpf_set_retval`", "5.18", "a refused call returns `EPERM`, whatever `refuseWith` says"],
+    [
+        "sockets keep their cgroup beside `net_cls` and `net_prio`",
+        "5.10.226, 5.15",
+        "probed; see [failures](failures.md)",
+    ],
+    [
+        "memory of maps outside `RLIMIT_MEMLOCK`",
+        "5.11",
+        "the agent lifts the limit for itself, which takes `CAP_SYS_RESOURCE`",
+    ],
+    ["detaching a link", "5.9", "there is no such kernel among those that are supported"],
+];
 
 /// Writes `docs/kernels.md`.
 pub fn write(workspace: &Workspace, tests: &[&str], outcomes: &[(&str, Outcome)]) -> Result<()> {
@@ -110,32 +163,58 @@ pub fn write(workspace: &Workspace, tests: &[&str], outcomes: &[(&str, Outcome)]
 }
 
 fn page(tests: &[&str], outcomes: &[(&str, Outcome)]) -> String {
-    let mut page = HEAD.to_owned();
-    let names: Vec<&str> = outcomes.iter().map(|(name, _)| *name).collect();
-    let _ = writeln!(page, "| | {} |\n|---|{}", names.join(" | "), "---|".repeat(outcomes.len()));
-    let row = |page: &mut String, name: &str, cell: &dyn Fn(&Outcome) -> String| {
-        let cells: Vec<String> = outcomes.iter().map(|(_, outcome)| cell(outcome)).collect();
-        let _ = writeln!(page, "| {name} | {} |", cells.join(" | "));
+    [HEAD, &results(tests, outcomes), "\nWhat a kernel lacks, and what happens then:\n\n", &features(outcomes)].concat()
+}
+
+fn results(tests: &[&str], outcomes: &[(&str, Outcome)]) -> String {
+    let names = outcomes.iter().map(|(name, _)| (*name).to_owned());
+    let mut table = row("", names) + &rule(outcomes.len() + 1);
+    let mut add = |name: &str, cell: &dyn Fn(&Outcome) -> String| {
+        table += &row(name, outcomes.iter().map(|(_, outcome)| cell(outcome)));
     };
-    row(&mut page, "release", &|outcome| outcome.kernel.split(' ').next().unwrap_or_default().to_owned());
-    row(&mut page, "BPF LSM active", &|outcome| if outcome.has_bpf_lsm { "yes" } else { "no" }.to_owned());
+    add("release", &|outcome| outcome.kernel.split(' ').next().unwrap_or_default().to_owned());
+    add("package", &|outcome| outcome.package().to_owned());
+    add("BPF LSM active", &|outcome| yes_or_no(outcome.has_bpf_lsm));
+    add("without the modules", &|outcome| outcome.lacks.join(", "));
     for test in tests {
-        row(&mut page, &format!("`{test}.rs`"), &|outcome| match outcome.files.get(*test) {
-            Some(Counts { passed, failed: 0, .. }) => format!("{passed} passed"),
-            Some(Counts { passed, failed, .. }) => format!("{passed} passed, {failed} failed"),
-            None => "not run".to_owned(),
-        });
+        let counts = |outcome: &Outcome| outcome.files.get(*test).map_or("not run".to_owned(), Counts::to_string);
+        add(&format!("`{test}.rs`"), &counts);
     }
-    page + TAIL
+    table
+}
+
+fn features(outcomes: &[(&str, Outcome)]) -> String {
+    let names = outcomes.iter().map(|(name, _)| *name);
+    let head = ["since"].into_iter().chain(names).chain(["without it"]).map(str::to_owned);
+    let rows = FEATURES.iter().map(|[name, since, without]| {
+        let found = |outcome: &Outcome| outcome.features.get(*name).map_or_else(String::new, |&found| yes_or_no(found));
+        let cells = outcomes.iter().map(|(_, outcome)| found(outcome));
+        row(name, [(*since).to_owned()].into_iter().chain(cells).chain([(*without).to_owned()]))
+    });
+    row("feature", head) + &rule(outcomes.len() + 3) + &rows.collect::<String>()
+}
+
+fn row(name: &str, cells: impl Iterator<Item = String>) -> String {
+    cells.fold(format!("| {name} |"), |row, cell| row + " " + &cell + " |") + "\n"
+}
+
+fn rule(columns: usize) -> String {
+    format!("|{}\n", "---|".repeat(columns))
+}
+
+fn yes_or_no(value: bool) -> String {
+    if value { "yes" } else { "no" }.to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const LOG: &str = "=== KERNEL 5.10.0-46-cloud-amd64 #1 SMP\r\n=== LACKS dccp\r\n=== RUN sockets\r\n\
-        test result: ok. 9 passed; 0 failed; 0 ignored\r\n=== EXIT sockets 0\r\n=== RUN escape\r\n\
-        test result: FAILED. 3 passed; 1 failed; 0 ignored\r\n=== EXIT escape 101\r\n=== DONE\r\n";
+    const LOG: &str = "=== LACKS dccp\r\n=== KERNEL 5.10.0-46-cloud-amd64 #1 SMP Debian 5.10.257-1 (2026-06-12)\r\n\
+        === FEATURE no `bpf_set_retval`\r\n=== RUN sockets\r\n\
+        test result: ok. 9 passed; 0 failed; 0 ignored\r\n=== EXIT sockets 0\r\n=== RUN escape\r\ntest out ... FAILED\r\n\
+        test result: FAILED. 3 passed; 1 failed; 0 ignored\r\n=== EXIT escape 101\r\n=== RUN exec\r\n=== EXIT exec 143\r\n\
+        === DONE\r\n";
 
     #[test]
     fn the_console_tells_what_passed() {
@@ -143,12 +222,23 @@ mod tests {
         assert!(outcome.is_complete && !outcome.is_good());
         assert_eq!(outcome.files["sockets"], Counts { passed: 9, failed: 0, ended_well: true });
         assert_eq!(outcome.files["escape"], Counts { passed: 3, failed: 1, ended_well: false });
-        assert_eq!(outcome.to_string(), "12 tests passed, 1 failed");
-        let page = page(&["sockets", "escape", "kernel"], &[("5.10", outcome)]);
-        assert!(
-            page.contains("| release | 5.10.0-46-cloud-amd64 |") && page.contains("| `kernel.rs` | not run |"),
-            "{page}"
-        );
+        assert_eq!(outcome.to_string(), "12 tests passed, 1 failed (escape out), exec did not end");
+    }
+
+    #[test]
+    fn the_page_names_kernels_results_and_features() {
+        let page = page(&["sockets", "escape", "exec", "kernel"], &[("5.10", Outcome::parse(LOG))]);
+        for line in [
+            "| release | 5.10.0-46-cloud-amd64 |",
+            "| package | 5.10.257-1 |",
+            "| without the modules | dccp |",
+            "| `escape.rs` | 3 passed, 1 failed |",
+            "| `exec.rs` | 0 passed, did not end |",
+            "| `kernel.rs` | not run |",
+            "| `bpf_set_retval` | 5.18 | no | a refused",
+        ] {
+            assert!(page.contains(&format!("\n{line}")), "{line} in {page}");
+        }
     }
 
     #[test]
