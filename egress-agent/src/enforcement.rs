@@ -45,10 +45,16 @@ pub(crate) struct Enforcement {
     /// What is in force.
     layout: Layout,
     pub(crate) dataplane: Dataplane,
-    /// How often connections are still looked for: one that was allowed a moment before may not have been there yet.
-    sweeps_left: u8,
+    sweeping: Sweeping,
     /// Where the kernel may stop to match sockets to cgroups.
     vigil: Option<Vigil>,
+}
+
+/// Whether connections that are to end are looked for once more: one that was allowed a moment before may not have been there
+/// yet.
+enum Sweeping {
+    Done,
+    OnceMore,
 }
 
 /// What changed.
@@ -98,7 +104,7 @@ impl Enforcement {
         let vigil = (socket_matching::is_possible() && !cgroup.is_root()).then(Vigil::default);
         let mut enforcement = Self {
             vigil,
-            sweeps_left: 0,
+            sweeping: Sweeping::Done,
             given,
             mount,
             cgroup,
@@ -162,7 +168,7 @@ impl Enforcement {
     /// Ends connections that the policies in force would refuse, where they say so; and once more when it is looked after.
     pub(crate) fn terminate(&mut self) {
         self.sweep();
-        self.sweeps_left = 1;
+        self.sweeping = Sweeping::OnceMore;
     }
 
     fn sweep(&self) {
@@ -220,7 +226,7 @@ impl Enforcement {
         if let Err(error) = updated.and_then(|()| self.apply(Change::Cgroups)) {
             tracing::error!(error = %chain(&error), "cannot place new cgroups: they are refused, or judged as their parents");
         }
-        self.sweeps_left = 1;
+        self.sweeping = Sweeping::OnceMore;
     }
 
     /// Forgets cgroups that went, and places those that could not be placed before.
@@ -236,8 +242,7 @@ impl Enforcement {
     /// Catches up with cgroups that came and went, and attaches again where the cgroup was made anew.
     pub(crate) fn look_after(&mut self) {
         self.look_for_pins();
-        if self.sweeps_left > 0 {
-            self.sweeps_left -= 1;
+        if let Sweeping::OnceMore = std::mem::replace(&mut self.sweeping, Sweeping::Done) {
             self.sweep();
         }
         if let Some(vigil) = &mut self.vigil {

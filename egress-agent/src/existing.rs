@@ -15,7 +15,7 @@ use std::{
 };
 
 use egress_common::{Flow, Protocol, Verdict};
-use rustix::thread::{LinkNameSpaceType, capabilities, move_into_link_name_space};
+use rustix::thread::{CapabilitySet, LinkNameSpaceType, capabilities, move_into_link_name_space};
 
 use crate::{
     cgroup::{below, directories},
@@ -56,23 +56,18 @@ fn probe() -> Result<(), ExistingError> {
     probe().map_err(ExistingError::Unsupported)
 }
 
-/// Whether a policy asks for it.
-pub fn is_asked_for(policies: &PolicySet) -> bool {
-    policies.egress_policies.iter().any(terminates)
-}
-
 /// Whether it is what a policy asks for. One that only audits changes nothing.
 pub fn terminates(policy: &EgressPolicy) -> bool {
     policy.mode == Mode::Enforce && policy.existing == Some(Existing::Terminate)
 }
 
-/// Whether what policies ask for can be done by the calling thread, if they do.
-pub fn expect(policies: &PolicySet) -> Result<(), ExistingError> {
-    if !is_asked_for(policies) {
-        return Ok(());
+/// The capabilities that take what policies ask for. Fails if the calling thread lacks them, or the kernel the means.
+pub fn expect(policies: &PolicySet) -> Result<CapabilitySet, ExistingError> {
+    if !policies.egress_policies.iter().any(terminates) {
+        return Ok(CapabilitySet::empty());
     }
     let may_enter = capabilities(None).is_ok_and(|held| held.effective.contains(TERMINATE));
-    if may_enter { probe() } else { Err(ExistingError::Privilege) }
+    if may_enter { probe().map(|()| TERMINATE) } else { Err(ExistingError::Privilege) }
 }
 
 /// Where connections are looked for.
@@ -118,14 +113,17 @@ impl Sweep<'_> {
         let Seat::Scope(index) = self.seat(cgroups, socket.cgroup?)? else { return None };
         let scope = &self.layout.scopes[index];
         let scope = scope.users.get(&socket.uid).map_or(scope, |&index| &self.layout.scopes[index]);
+        if !scope.terminates {
+            return None;
+        }
         let protocol = match socket.kind {
             Kind::Tcp => Protocol::TCP,
             Kind::Udp => Protocol::UDP,
         };
         let (address, port) = (socket.destination.ip().into(), socket.destination.port());
         let decision = scope.ruleset.decide(&Flow { place: Ruleset::PLACE, protocol, address, port });
-        let is_refused = scope.terminates && decision.verdict == Verdict::Deny;
-        is_refused.then(|| scope.ruleset.rule(&decision).map_or_else(|| "default".to_owned(), ToString::to_string))
+        let rule = || scope.ruleset.rule(&decision).map_or_else(|| "default".to_owned(), ToString::to_string);
+        (decision.verdict == Verdict::Deny).then(rule)
     }
 
     /// Where a cgroup belongs: by itself, or by the nearest one above it that is placed.

@@ -33,7 +33,7 @@ use crate::{
     existing::{self, ExistingError},
     pins::{PinDirectory, PinError},
     policy::load::{LoadError, LoadOptions},
-    privileges::{self, CapabilitySet, FOREIGN_FILES, TERMINATE},
+    privileges::{self, CapabilitySet, FOREIGN_FILES},
     report::{Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
     socket_matching,
@@ -145,7 +145,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let mut source = Source::new(options(args))?;
     let policy = source.read()?;
     dataplane::probe()?;
-    existing::expect(&policy.set)?;
+    let terminating = existing::expect(&policy.set)?;
     let mount = cgroup::mount_point()?;
     let target = Target::open(&args.cgroup, &mount)?;
     if target.cgroup.is_root() {
@@ -166,7 +166,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     enforcement.attach()?;
     enforcement.dataplane.commit()?;
     // Before there is a second thread, which would keep its own.
-    privileges::keep_only(privileges::RUNNING | files(args) | terminating(&policy));
+    privileges::keep_only(privileges::RUNNING | files(args) | terminating);
     enforcement.terminate();
     let backlog = retire(&pins, enforcement.dataplane.pins().path());
     let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
@@ -196,11 +196,6 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
 /// The capabilities that reading the policy files takes.
 pub const fn files(args: &RunArgs) -> CapabilitySet {
     if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() }
-}
-
-/// The capabilities that ending connections takes, if a policy asks for it.
-fn terminating(policy: &Policy) -> CapabilitySet {
-    if existing::is_asked_for(&policy.set) { TERMINATE } else { CapabilitySet::empty() }
 }
 
 fn options(args: &RunArgs) -> SourceOptions {

@@ -94,11 +94,10 @@ pub struct Meta {
     agent_version: [u8; VERSION_LEN],
     /// One byte, so that no reader sees half of it.
     deepest: u8,
-    reserved: u8,
+    reserved: [u8; 3],
     /// One bit for each hook, by its code.
     hooks: u16,
     refused: u16,
-    reserved_too: [u8; 2],
 }
 
 impl Meta {
@@ -116,10 +115,9 @@ impl Meta {
             policy_hash: [0; 32],
             agent_version: version,
             deepest: 0,
-            reserved: 0,
+            reserved: [0; 3],
             hooks: 0,
             refused: 0,
-            reserved_too: [0; 2],
         }
     }
 

@@ -1,4 +1,4 @@
-//! Reports to the agent, through the `EVENTS` ring buffer.
+//! What was decided is counted, and reported to the agent through the `EVENTS` ring buffer if it is a refusal.
 
 use aya_ebpf::{
     btf_maps::RingBuf,
@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::btf_map,
     programs::SkBuffContext,
 };
-use egress_common::{COMM_LEN, Counter, Decision, Event, Flow, Hook, Process, SocketKind};
+use egress_common::{COMM_LEN, Counter, Decision, Event, Flow, Hook, Process, SocketKind, Verdict};
 
 use crate::{stats, workloads};
 
@@ -19,25 +19,40 @@ const CAPACITY: usize = 1 << 20;
 #[btf_map]
 static EVENTS: RingBuf<Event, CAPACITY> = RingBuf::new();
 
-/// Reports what the current task was refused.
+/// What the current task asked for.
 #[inline(always)]
-pub(crate) fn report(hook: Hook, flow: &Flow, decision: &Decision) {
-    write(&Event::new(now(), current(), hook, flow, decision));
+pub(crate) fn record(hook: Hook, flow: &Flow, decision: &Decision) {
+    if is_to_report(hook, decision) {
+        write(&Event::new(now(), current(), hook, flow, decision));
+    }
 }
 
-/// Reports a socket that the current task was refused.
+/// A socket that the current task asked for.
 #[inline(always)]
-pub(crate) fn report_socket(hook: Hook, kind: SocketKind, flow: &Flow, decision: &Decision) {
-    write(&Event::new(now(), current(), hook, flow, decision).of_socket(kind));
+pub(crate) fn record_socket(hook: Hook, kind: SocketKind, flow: &Flow, decision: &Decision) {
+    if is_to_report(hook, decision) {
+        write(&Event::new(now(), current(), hook, flow, decision).of_socket(kind));
+    }
 }
 
-/// Reports a packet that was refused. Whoever runs meanwhile need not have sent it: of its sender only cgroup and user are
-/// known.
+/// A packet. Whoever runs meanwhile need not have sent it: of its sender only cgroup and user are known.
 #[inline(always)]
-pub(crate) fn report_packet(ctx: &SkBuffContext, flow: &Flow, decision: &Decision) {
-    let (cgroup_id, uid) = (workloads::cgroup_of(ctx), ctx.get_socket_uid());
-    let sender = Process { cgroup_id, pid: 0, tid: 0, uid, gid: 0, comm: [0; COMM_LEN] };
-    write(&Event::new(now(), sender, Hook::Egress, flow, decision));
+pub(crate) fn record_packet(ctx: &SkBuffContext, flow: &Flow, decision: &Decision) {
+    if is_to_report(Hook::Egress, decision) {
+        let (cgroup_id, uid) = (workloads::cgroup_of(ctx), ctx.get_socket_uid());
+        let sender = Process { cgroup_id, pid: 0, tid: 0, uid, gid: 0, comm: [0; COMM_LEN] };
+        write(&Event::new(now(), sender, Hook::Egress, flow, decision));
+    }
+}
+
+/// Counts a decision; tells whether the agent is to hear of it.
+#[inline(always)]
+fn is_to_report(hook: Hook, decision: &Decision) -> bool {
+    stats::add(Counter::Answers(decision.verdict, decision.reason, hook));
+    match decision.verdict {
+        Verdict::Allow => false,
+        Verdict::Deny | Verdict::WouldDeny => true,
+    }
 }
 
 /// Writes one report; counts it as lost if there is no room.

@@ -12,7 +12,6 @@ use aya_ebpf::{
 use egress_common::{
     Address, Entry, Flow, MAX_SCOPES, PrefixKey, Protocol, Rules, Segment, SegmentList, Settings, View, find_segment,
 };
-
 use zerocopy::transmute;
 
 use crate::peers;

@@ -1,16 +1,10 @@
 //! Counters, in the per-CPU `STATS` map.
 
 use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
-use egress_common::{Counter, Decision, Hook};
+use egress_common::Counter;
 
 #[btf_map]
 static STATS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
-
-/// Counts an answer.
-#[inline(always)]
-pub(crate) fn count(decision: &Decision, hook: Hook) {
-    add(Counter::Answers(decision.verdict, decision.reason, hook));
-}
 
 /// Adds one.
 #[inline(always)]

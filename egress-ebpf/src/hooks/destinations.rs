@@ -2,14 +2,14 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use aya_log_ebpf::debug;
-use egress_common::{Address, Decision, Flow, Hook, Reason, Verdict, decide};
+use egress_common::{Address, Decision, Flow, Hook, Reason, decide};
 
 use crate::{
     answer::{PASS, answer},
     context::{address_v4, address_v6, port, protocol},
     events,
     rules::Maps,
-    stats, workloads,
+    workloads,
 };
 
 #[cgroup_sock_addr(connect4)]
@@ -44,11 +44,7 @@ fn judge_datagram(ctx: &SockAddrContext, hook: Hook, address: Address) -> i32 {
 fn judge(ctx: &SockAddrContext, hook: Hook, address: Address) -> Decision {
     let flow = Flow { place: workloads::place_current(), protocol: protocol(ctx), address, port: port(ctx) };
     let decision = decide(&Maps::of(ctx), &flow);
-    stats::count(&decision, hook);
-    match decision.verdict {
-        Verdict::Allow => {}
-        Verdict::Deny | Verdict::WouldDeny => events::report(hook, &flow, &decision),
-    }
+    events::record(hook, &flow, &decision);
     if let Reason::Fault = decision.reason {
         debug!(ctx, "no rules could be read for hook {}: refused", hook.code());
     }

@@ -1,13 +1,13 @@
 //! `setsockopt`: options that send packets elsewhere than to their destination, or from an address that is somebody else's.
 
 use aya_ebpf::{macros::cgroup_sockopt, programs::SockoptContext};
-use egress_common::{Address, Flow, Hook, Protocol, Verdict, decide_bypass};
+use egress_common::{Address, Flow, Hook, Protocol, decide_bypass};
 
 use crate::{
     answer::{PASS, answer_without_errno},
     events,
     rules::Maps,
-    stats, workloads,
+    workloads,
 };
 
 /// Levels and options of `linux/in.h` and `linux/in6.h`, and a family of `linux/socket.h`.
@@ -55,11 +55,7 @@ fn setsockopt(ctx: SockoptContext) -> i32 {
 fn judge(protocol: u32) -> i32 {
     let place = workloads::place_current();
     let decision = decide_bypass(&Maps::WITHOUT_SOCKET, place);
-    stats::count(&decision, Hook::Setsockopt);
     let flow = Flow { place, protocol: Protocol::from_kernel(protocol), address: Address::UNSPECIFIED, port: 0 };
-    match decision.verdict {
-        Verdict::Allow => {}
-        Verdict::Deny | Verdict::WouldDeny => events::report(Hook::Setsockopt, &flow, &decision),
-    }
+    events::record(Hook::Setsockopt, &flow, &decision);
     answer_without_errno(decision.verdict)
 }

@@ -4,13 +4,13 @@
 //! such as a routing header in the ancillary data of a `sendmsg`, and asks only then who the packet belongs to.
 
 use aya_ebpf::{bindings::__sk_buff, macros::cgroup_skb, programs::SkBuffContext};
-use egress_common::{Flow, Hook, Packet, Verdict, Way, decide_bypass, way_v4, way_v6};
+use egress_common::{Flow, Packet, Way, decide_bypass, way_v4, way_v6};
 
 use crate::{
     answer::{PASS, REFUSE, answer_without_errno},
     events,
     rules::Maps,
-    stats, workloads,
+    workloads,
 };
 
 /// `ETH_P_IP` and `ETH_P_IPV6` of `linux/if_ether.h`, in network byte order as the field is.
@@ -42,11 +42,7 @@ fn egress(ctx: SkBuffContext) -> i32 {
 #[inline(always)]
 fn judge(ctx: &SkBuffContext, flow: &Flow) -> i32 {
     let decision = decide_bypass(&Maps::WITHOUT_SOCKET, flow.place);
-    stats::count(&decision, Hook::Egress);
-    match decision.verdict {
-        Verdict::Allow => {}
-        Verdict::Deny | Verdict::WouldDeny => events::report_packet(ctx, flow, &decision),
-    }
+    events::record_packet(ctx, flow, &decision);
     answer_without_errno(decision.verdict)
 }
 
