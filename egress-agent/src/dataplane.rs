@@ -16,7 +16,7 @@ use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
-use egress_common::{Counter, Meta, Placement, Refusal, RuleId, Scope, Settings, UserKey, View, map};
+use egress_common::{Counter, Hook, Meta, Placement, Refusal, RuleId, Scope, Settings, UserKey, View, map};
 use zerocopy::transmute;
 
 use crate::{
@@ -30,6 +30,7 @@ use crate::{
 mod contents;
 mod error;
 mod ids;
+mod lsm;
 pub mod pinned;
 mod plan;
 mod programs;
@@ -343,6 +344,11 @@ impl Dataplane {
     /// Where it is pinned.
     pub const fn pins(&self) -> &PinSet {
         &self.pins
+    }
+
+    /// The programs that this kernel refused, and without which there are ways around that the documentation names.
+    pub fn refused(&self) -> &[Hook] {
+        &self.hooks.refused
     }
 
     /// The number in the kernel of a scope of the layout in force.

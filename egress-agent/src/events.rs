@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use egress_common::{Decision, Event, Hook, Protocol, SocketKind, Verdict};
+use egress_common::{Decision, Event, Hook, SocketKind, Verdict};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
@@ -159,7 +159,7 @@ impl Enricher {
             verdict: decision.verdict.as_str(),
             reason: decision.reason.as_str(),
             rule: decision.rule.and_then(|rule| self.rules.get(rule)),
-            protocol: protocol_name(event.protocol(), event.socket().ok()?),
+            protocol: protocol_name(event)?,
             hook: hook.as_str(),
             errno: errno(decision),
             count: 1,
@@ -191,7 +191,7 @@ fn is_initial_pid_namespace() -> bool {
 const fn has_destination(hook: Hook) -> bool {
     match hook {
         Hook::Connect4 | Hook::Connect6 | Hook::Sendmsg4 | Hook::Sendmsg6 | Hook::Egress => true,
-        Hook::SockCreate | Hook::Setsockopt | Hook::Recvmsg4 | Hook::Recvmsg6 => false,
+        Hook::SockCreate | Hook::SocketCreate | Hook::Setsockopt | Hook::Recvmsg4 | Hook::Recvmsg6 => false,
     }
 }
 
@@ -202,9 +202,12 @@ const fn errno(decision: Decision) -> Option<&'static str> {
     }
 }
 
-fn protocol_name(protocol: Protocol, socket: SocketKind) -> String {
-    match (socket, protocol.number()) {
-        (SocketKind::Raw, _) => socket.as_str().to_owned(),
+/// `None` if it is of a kind that is unknown.
+fn protocol_name(event: &Event) -> Option<String> {
+    let socket = event.socket().ok()?;
+    Some(match (socket, event.protocol().number()) {
+        (SocketKind::Raw | SocketKind::Packet | SocketKind::Vsock, _) => socket.as_str().to_owned(),
+        (SocketKind::Other, 0) => format!("family {}", event.family()),
         (_, 1) => "ICMP".to_owned(),
         (_, 6) => "TCP".to_owned(),
         (_, 17) => "UDP".to_owned(),
@@ -212,7 +215,7 @@ fn protocol_name(protocol: Protocol, socket: SocketKind) -> String {
         (_, 132) => "SCTP".to_owned(),
         (_, 136) => "UDPLITE".to_owned(),
         (_, number) => number.to_string(),
-    }
+    })
 }
 
 /// Wall-clock time of an instant given in nanoseconds since boot: as long ago as it is on the boot clock.

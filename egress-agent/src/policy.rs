@@ -461,8 +461,12 @@ pub enum SocketProtocol {
     Sctp,
     /// UDP-Lite.
     UdpLite,
-    /// Raw sockets of any protocol.
+    /// Raw sockets of any protocol of IP.
     Raw,
+    /// Sockets of `AF_PACKET`.
+    Packet,
+    /// Sockets of `AF_VSOCK`.
+    Vsock,
 }
 
 /// `spec.existing`.

@@ -155,6 +155,9 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
     let limit = args.memory_limit.saturating_mul(1_000_000);
     let dataplane = Dataplane::prepare(object, kernel_log(log), args.packet_guard, pins.begin()?, limit)?;
+    for hook in dataplane.refused() {
+        tracing::warn!(hook = hook.as_str(), "this kernel lacks what a program needs: see docs/kernels.md");
+    }
     let wait = Duration::from_secs(args.resolve_wait);
     let (resolver, names) = Resolver::start(resolver_settings(args), policy.names.clone(), wait).await?;
     let hosts = HostNames::new(&names);

@@ -42,7 +42,8 @@ pub struct Event {
     reason: u8,
     refusal: u8,
     socket: u8,
-    reserved: [u8; 4],
+    family: u8,
+    reserved: [u8; 3],
 }
 
 impl Event {
@@ -61,15 +62,17 @@ impl Event {
             reason: decision.reason.code(),
             refusal: decision.refusal.code(),
             socket: SocketKind::of(flow.protocol).code(),
-            reserved: [0; 4],
+            family: 0,
+            reserved: [0; 3],
         }
     }
 
-    /// The same of a socket that is of this kind.
+    /// The same of a socket that is of this kind and family, whose number is cut to 8 bits.
     #[inline(always)]
     #[must_use]
-    pub fn of_socket(self, kind: SocketKind) -> Self {
-        Self { socket: kind.code(), ..self }
+    #[expect(clippy::cast_possible_truncation, reason = "AF_MAX is less than 50")]
+    pub fn of_socket(self, kind: SocketKind, family: u32) -> Self {
+        Self { socket: kind.code(), family: family as u8, ..self }
     }
 
     /// The same without its rule, whose number means something only to the agent that gave it.
@@ -106,6 +109,11 @@ impl Event {
     /// The kind of its socket.
     pub fn socket(&self) -> Result<SocketKind, UnknownCode> {
         self.socket.try_into()
+    }
+
+    /// The family of its socket, where that is what was asked for; otherwise 0.
+    pub const fn family(&self) -> u8 {
+        self.family
     }
 
     /// The hook that saw it.
@@ -150,7 +158,8 @@ mod tests {
         assert_eq!((decision.verdict, decision.reason), (Verdict::WouldDeny, Reason::Rule));
         assert_eq!(decision.rule.map(|rule| rule.0.get()), Some(9));
         assert_eq!((decision.refusal, event.socket()), (Refusal::Ehostunreach, Ok(SocketKind::Udp)));
-        assert_eq!(event.of_socket(SocketKind::Raw).socket(), Ok(SocketKind::Raw));
+        let event = event.of_socket(SocketKind::Raw, 2);
+        assert_eq!((event.socket(), event.family()), (Ok(SocketKind::Raw), 2));
     }
 
     #[test]

@@ -23,6 +23,8 @@ coded_enum! {
         Recvmsg6 = 7 => "recvmsg6",
         /// `cgroup_skb/egress`: the packet guard.
         Egress = 8 => "egress",
+        /// `lsm_cgroup/socket_create`: sockets of other families than those of IP.
+        SocketCreate = 9 => "socket_create",
     }
 }
 

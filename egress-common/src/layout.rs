@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{Hook, Reason, Verdict};
 
 /// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Most scopes at a time, those of a change that is being made included.
 pub const MAX_SCOPES: u32 = 4096;
@@ -41,7 +41,7 @@ pub mod map {
 /// Codes of verdicts, reasons and hooks are below these.
 const VERDICTS: u32 = 3;
 const REASONS: u32 = 9;
-const HOOKS: u32 = 9;
+const HOOKS: u32 = 10;
 
 /// An element of the `STATS` map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -35,14 +35,14 @@ pub struct Settings {
     is_there: u8,
     default: u8,
     replies: u8,
-    sockets: u8,
     refusal: u8,
-    reserved: [u8; 3],
+    sockets: u16,
+    reserved: [u8; 2],
 }
 
 impl Settings {
     /// The element of a view that is not there.
-    pub const ABSENT: Self = Self { is_there: 0, default: 0, replies: 0, sockets: 0, refusal: 0, reserved: [0; 3] };
+    pub const ABSENT: Self = Self { is_there: 0, default: 0, replies: 0, refusal: 0, sockets: 0, reserved: [0; 2] };
 
     /// With this default; replies are allowed, sockets beyond TCP and UDP are not, and refused calls return `EPERM`.
     pub const fn new(default: Action) -> Self {

@@ -29,9 +29,9 @@ pub(crate) fn record(hook: Hook, flow: &Flow, decision: &Decision) {
 
 /// A socket that the current task asked for.
 #[inline(always)]
-pub(crate) fn record_socket(hook: Hook, kind: SocketKind, flow: &Flow, decision: &Decision) {
+pub(crate) fn record_socket(hook: Hook, kind: SocketKind, family: u32, flow: &Flow, decision: &Decision) {
     if is_to_report(hook, decision) {
-        write(&Event::new(now(), current(), hook, flow, decision).of_socket(kind));
+        write(&Event::new(now(), current(), hook, flow, decision).of_socket(kind, family));
     }
 }
 

@@ -293,6 +293,8 @@ impl Request for ObjectPin {}
 impl Request for MapCreate {}
 
 fn load(hook: Hook, instructions: &[Instruction]) -> io::Result<Program> {
+    // Where programs count as locked memory.
+    egress_agent::privileges::prepare();
     let license = c"GPL";
     let request = ProgramLoad {
         program_type: BPF_PROG_TYPE_CGROUP_SOCK_ADDR,

@@ -69,8 +69,14 @@ pub fn kernel_is_before(major: u32, minor: u32) -> bool {
     numbers.next().zip(numbers.next()).is_some_and(|version| version < (major, minor))
 }
 
+/// Whether the running kernel asks BPF programs as a security module, as it tells in `securityfs`.
+pub fn bpf_is_a_security_module() -> bool {
+    let modules = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
+    modules.trim().split(',').any(|module| module == "bpf")
+}
+
 /// How long anything may take before a test gives up on it.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Asks again until there is an answer, for what tells nobody when it is ready.
 pub fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> Result<T> {

@@ -245,7 +245,7 @@ fn below_a_program_that_may_be_overridden_the_agent_takes_its_place() {
     let to = backend().into();
     assert_eq!(actor.dial_tcp(to).unwrap(), REFUSED);
     let policies = open_only(backend());
-    let agent = Agent::start(policies.path(), &cgroup, &[]).unwrap();
+    let agent = Agent::start(policies.path(), &cgroup, &["--detach-on-exit"]).unwrap();
     assert_eq!((actor.dial_tcp(to).unwrap(), actor.send_udp(to).unwrap()), (Ok(()), Ok(())));
     assert_eq!((other.dial_tcp(to).unwrap(), other.send_udp(to).unwrap()), (REFUSED, REFUSED));
     agent.stop().unwrap();

@@ -13,6 +13,7 @@ use std::{
 use egress_tests::{
     agent::{Agent, Place},
     foreign::{self, Hook, How, Program},
+    kernel_is_before,
     world::{World, opening, tcp},
 };
 use rustix::process::Signal;
@@ -36,9 +37,18 @@ fn expect_nothing_in_force(world: &mut World) {
     assert!(!world.place.pins().exists());
 }
 
+/// What `status` tells, and with which exit status. What a kernel lacks for good, and says so as long as anything is in force,
+/// is not told here.
 #[track_caller]
 fn status(world: &World, code: i32) -> Value {
-    let (found, status) = world.place.status().unwrap();
+    let (mut found, mut status) = world.place.status().unwrap();
+    if kernel_is_before(6, 1) && status["enforcing"] == true {
+        let degraded = status["degraded"].as_array_mut().unwrap();
+        let before = degraded.len();
+        degraded.retain(|text| !text.as_str().unwrap().contains("the program setsockopt"));
+        assert_eq!((found, before - degraded.len()), (Some(1), 1), "{status:#}");
+        found = found.filter(|_| !status["degraded"].as_array().unwrap().is_empty()).or(Some(0));
+    }
     assert_eq!(found, Some(code), "{status:#}");
     status
 }

@@ -9,6 +9,7 @@ use std::{
     fs,
     net::SocketAddr,
     path::Path,
+    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -557,11 +558,16 @@ fn status_tells_each_scope_with_its_policies_cgroups_and_users() {
 }
 
 /// Attaches to the root of this machine: with nothing but Allow for all that no test made.
+/// An agent in the root cgroup, which filters it.
 fn at_the_root(documents: &[String]) -> (Agent, TempDir) {
     let policies = tempfile::tempdir().unwrap();
     fs::write(policies.path().join("policies.yaml"), documents.concat()).unwrap();
-    let mut command = run_command(policies.path(), &mount_point().unwrap(), &["--default", "Allow"]).unwrap();
-    command.args(["--unknown-workloads", "Inherit"]);
+    let root = mount_point().unwrap();
+    let args = ["--default", "Allow", "--unknown-workloads", "Inherit"];
+    let run = run_command(policies.path(), &root, &args).unwrap();
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo $$ >\"$0\" && exec \"$@\""]).arg(root.join("cgroup.procs"));
+    command.arg(run.get_program()).args(run.get_args());
     let mut agent = Agent::spawn(command).unwrap();
     agent.wait_for("policy applied generation=1 ").unwrap();
     (agent, policies)

@@ -149,6 +149,8 @@ const fn kind(protocol: SocketProtocol) -> SocketKind {
         SocketProtocol::Sctp => SocketKind::Sctp,
         SocketProtocol::UdpLite => SocketKind::UdpLite,
         SocketProtocol::Raw => SocketKind::Raw,
+        SocketProtocol::Packet => SocketKind::Packet,
+        SocketProtocol::Vsock => SocketKind::Vsock,
     }
 }
 

@@ -6,12 +6,13 @@ use std::{
 };
 
 use aya::{
-    Ebpf,
-    programs::{Program, ProgramError},
+    Btf, Ebpf,
+    programs::{Program, ProgramError, ProgramType},
+    sys::{BpfHelper, is_helper_supported},
 };
 use egress_common::Hook;
 
-use super::{DataplaneError, error::is_eperm, sys};
+use super::{DataplaneError, error::is_eperm, lsm, sys};
 use crate::cgroup::Cgroup;
 
 /// Whether packets are looked at, too.
@@ -37,12 +38,25 @@ impl Hooks {
     /// Loads the programs.
     pub(super) fn load(ebpf: &mut Ebpf, guard: PacketGuard) -> Result<Self, DataplaneError> {
         let mut hooks = Self::default();
-        for &hook in Hook::ALL.iter().filter(|&&hook| guard == PacketGuard::On || hook != Hook::Egress) {
-            match load(program(ebpf, hook)?) {
+        let is_wanted = |hook: &Hook| match hook {
+            Hook::Egress => guard == PacketGuard::On,
+            Hook::SocketCreate => lsm::is_active(),
+            _ => true,
+        };
+        for &hook in Hook::ALL.iter().filter(|&hook| is_wanted(hook)) {
+            if !has_helpers(hook) {
+                hooks.refused.push(hook);
+                continue;
+            }
+            match load(program(ebpf, hook)?, hook) {
                 Ok(()) => hooks.loaded.push(hook),
+                // Few kernels ask for it, so nobody counts on it: whether it is there, `status` tells.
+                Err(cause) if hook == Hook::SocketCreate => {
+                    tracing::info!(error = %cause, "BPF is a security module of this kernel that takes no programs");
+                }
                 Err(cause) => match refused(hook, cause) {
                     DataplaneError::Program { cause, .. } if is_optional(hook) => {
-                        tracing::warn!(hook = hook.as_str(), error = %cause, "this kernel refuses a program: see `status`");
+                        tracing::debug!(hook = hook.as_str(), error = %cause, "this kernel refuses a program");
                         hooks.refused.push(hook);
                     }
                     error => return Err(error),
@@ -51,6 +65,12 @@ impl Hooks {
         }
         Ok(hooks)
     }
+}
+
+/// Whether the kernel has what a program calls and older ones lack. Its verifier would find out as well, at length.
+fn has_helpers(hook: Hook) -> bool {
+    let helper = BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id;
+    hook != Hook::Setsockopt || is_helper_supported(ProgramType::CgroupSockopt, helper).unwrap_or(true)
 }
 
 /// Without these, there are ways around that the documentation names; without any other, the rules are not enforced.
@@ -63,7 +83,8 @@ const fn is_optional(hook: Hook) -> bool {
         | Hook::Sendmsg6
         | Hook::SockCreate
         | Hook::Recvmsg4
-        | Hook::Recvmsg6 => false,
+        | Hook::Recvmsg6
+        | Hook::SocketCreate => false,
     }
 }
 
@@ -77,12 +98,14 @@ fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut Program, DataplaneError> 
     ebpf.program_mut(hook.as_str()).ok_or(DataplaneError::Missing { what: "program", name: hook.as_str() })
 }
 
-fn load(program: &mut Program) -> Result<(), ProgramError> {
+fn load(program: &mut Program, hook: Hook) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),
         Program::CgroupSkb(program) => program.load(),
+        // The program has the name of its hook.
+        Program::LsmCgroup(program) => program.load(hook.as_str(), &Btf::from_sys_fs()?),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }
@@ -107,6 +130,7 @@ const fn attach_type(hook: Hook) -> u32 {
         Hook::Recvmsg4 => 19,
         Hook::Recvmsg6 => 20,
         Hook::Setsockopt => 22,
+        Hook::SocketCreate => 43,
     }
 }
 

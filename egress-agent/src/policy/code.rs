@@ -182,7 +182,7 @@ codes! {
     UnknownL4 = "E0215", "a protocol without ports";
     /// `dns.servers` is `System`, `None`, or a list of IP addresses.
     BadDnsServers = "E0216", "malformed dns.servers";
-    /// `protocols` lists `ICMP`, `SCTP`, `UDPLite` and `RAW`, each once.
+    /// `protocols` lists `ICMP`, `SCTP`, `UDPLite`, `RAW`, `PACKET` and `VSOCK`, each once.
     BadSocketProtocol = "E0217", "a socket protocol that is unknown or given twice";
     /// `null` is what YAML makes of a field without a value. Leave the field out, or give it one.
     NullField = "E0218", "a field without a value";

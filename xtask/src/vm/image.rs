@@ -37,7 +37,7 @@ const MODULES: [&str; 17] = [
 ];
 
 /// Programs of the system that tests call and busybox does not replace.
-const PROGRAMS: [&str; 1] = ["ip"];
+const PROGRAMS: [&str; 2] = ["ip", "unshare"];
 
 /// Programs of the tests' own, beside the test files.
 const ACTORS: [&str; 3] = ["actor", "dial", "escapee"];

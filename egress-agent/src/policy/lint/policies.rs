@@ -53,8 +53,9 @@ fn any_address(policy: &EgressPolicy, findings: &mut Vec<Finding>) {
 }
 
 fn raw_sockets(policy: &EgressPolicy, findings: &mut Vec<Finding>) {
-    if policy.protocols.iter().flatten().any(|&protocol| protocol == SocketProtocol::Raw) {
-        let what = "a raw socket sends any packet to anybody, whatever the rules say";
+    let is_raw = |protocol: &SocketProtocol| matches!(protocol, SocketProtocol::Raw | SocketProtocol::Packet);
+    if policy.protocols.iter().flatten().any(is_raw) {
+        let what = "a raw or packet socket sends any packet to anybody, whatever the rules say";
         let help = "write `ICMP` for ping sockets; where raw sockets must be, a packet filter is what limits them";
         say(findings, Code::RawSockets, &policy.at, "spec.protocols", (what, help));
     }

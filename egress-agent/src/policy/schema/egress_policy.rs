@@ -23,11 +23,13 @@ pub const REFUSALS: [(&str, RefuseWith); 3] = [
     ("EHOSTUNREACH", RefuseWith::Ehostunreach),
 ];
 /// Values of `spec.protocols`.
-pub const SOCKETS: [(&str, SocketProtocol); 4] = [
+pub const SOCKETS: [(&str, SocketProtocol); 6] = [
     ("ICMP", SocketProtocol::Icmp),
     ("SCTP", SocketProtocol::Sctp),
     ("UDPLite", SocketProtocol::UdpLite),
     ("RAW", SocketProtocol::Raw),
+    ("PACKET", SocketProtocol::Packet),
+    ("VSOCK", SocketProtocol::Vsock),
 ];
 /// Values of `protocol` of a port; `None` is TCP and UDP.
 pub const PROTOCOLS: [(&str, Option<L4>); 3] = [("TCP", Some(L4::Tcp)), ("UDP", Some(L4::Udp)), ("Any", None)];
