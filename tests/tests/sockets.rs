@@ -4,7 +4,9 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     net::{SocketAddr, UdpSocket},
+    process::Stdio,
     time::Duration,
 };
 
@@ -256,6 +258,36 @@ fn a_dns_server_answers_its_clients() {
     let denial = scene.agent.denial().unwrap();
     assert_eq!((&denial["hook"], &denial["process"]["comm"]), (&"sendmsg4".into(), &"dnsmasq".into()));
     assert_eq!(denial["destination"]["port"], client.local_addr().unwrap().port());
+}
+
+#[test]
+fn a_quic_server_answers_its_clients() {
+    for server in ["192.0.2.1:443", "[2001:db8::1]:443"] {
+        let mut scene = Scene::new("dns: { servers: None }", &[]);
+        scene.namespace.ip(&["address", "add", "2001:db8::1/128", "dev", "lo", "nodad"]).unwrap();
+        let certificate = scene.policies.path().join("certificate");
+        let quic = |what: &str, cgroup| {
+            let mut command = scene.namespace.command(env!("CARGO_BIN_EXE_quic"), cgroup).unwrap();
+            command.args([what, server]).arg(&certificate);
+            command
+        };
+        let mut serving = quic("serve", Some(&scene.cgroup)).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(serving.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        let asked = quic("ask", None).output().unwrap();
+        assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
+
+        let (mut asking, pid) = (quic("ask", None), serving.id());
+        scene.change("dns: { servers: None }, replies: Deny", 2);
+        let mut asking = asking.stderr(Stdio::null()).spawn().unwrap();
+        let denial = scene.agent.denial().unwrap();
+        assert_eq!((&denial["reason"], &denial["process"]["pid"]), (&"no_rule".into(), &pid.into()), "{denial}");
+        for process in [&mut asking, &mut serving] {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
 }
 
 #[test]
