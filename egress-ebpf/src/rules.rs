@@ -31,7 +31,7 @@ const ANY_LENGTH: usize = BPF_F_INNER_MAP as usize;
 static POLICY: ArrayOfMaps<LpmTrie<Address, EntryWords, 1>, { 2 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
 
 #[btf_map]
-static SEGMENTS: ArrayOfMaps<Array<SegmentWords, 1, ANY_LENGTH>, { 4 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
+static SEGMENTS: ArrayOfMaps<Array<SegmentWords, 1, ANY_LENGTH>, { 2 * MAX_SCOPES as usize }> = ArrayOfMaps::new();
 
 #[btf_map]
 static VIEWS: Array<Settings, { 2 * MAX_SCOPES as usize }> = Array::new();
