@@ -10,6 +10,7 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::{
@@ -130,7 +131,6 @@ impl Unit {
     }
 
     fn cgroup_id(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt as _;
         fs::metadata(self.cgroup()).unwrap().ino()
     }
 }
@@ -153,8 +153,9 @@ struct Service {
 
 impl Service {
     fn tell(&mut self, calls: &[Call]) {
-        let lines: String = calls.iter().map(|call| format!("{call}\n")).collect();
-        self.calls.write_all(lines.as_bytes()).unwrap();
+        for call in calls {
+            writeln!(self.calls, "{call}").unwrap();
+        }
     }
 
     /// How the next call that was told ended.
@@ -256,16 +257,13 @@ impl World {
 
     /// Has the agent filter a cgroup, with more settings of the service.
     fn tell_agent(&self, cgroup: &Path, more: &str) {
-        let variables: String = self
-            .variables()
-            .into_iter()
-            .chain([
-                ("EGRESS_POLICIES", self.directory.path().join("policies").display().to_string()),
-                ("EGRESS_CGROUP", cgroup.display().to_string()),
-                ("EGRESS_DEFAULT", "Allow".to_owned()),
-            ])
-            .map(|(name, value)| format!("Environment={name}={value}\n"))
-            .collect();
+        let mut variables = self.variables();
+        variables.push(("EGRESS_POLICIES", self.directory.path().join("policies").display().to_string()));
+        variables.push(("EGRESS_CGROUP", cgroup.display().to_string()));
+        variables.push(("EGRESS_DEFAULT", "Allow".to_owned()));
+        let lines: Vec<String> =
+            variables.into_iter().map(|(name, value)| format!("Environment={name}={value}\n")).collect();
+        let variables = lines.concat();
         let directory = self.directory.path().display();
         self.agent.add(&format!(
             "[Service]\n{variables}StandardOutput=append:{directory}/denials\nStandardError=append:{directory}/log\n{more}"
@@ -327,6 +325,20 @@ impl World {
         let service = self.service(name, settings);
         service.unit.start();
         service
+    }
+
+    /// Whether a service with these settings binds a socket.
+    fn can_bind(&self, settings: &str) -> bool {
+        let orders = self.directory.path().join("orders");
+        fs::write(&orders, "main serve 127.0.0.1:8080\n").unwrap();
+        let text = format!(
+            "[Service]\nType=oneshot\nSlice={}\nExecStart={} same\nStandardInput=file:{}\n{settings}\n",
+            self.slice.name,
+            program("actor").unwrap().display(),
+            orders.display()
+        );
+        let unit = Unit::new(format!("{}.service", unique_name()), &text);
+        try_systemctl(&["start", &unit.name]).status.success()
     }
 
     /// The denials so far.
@@ -499,7 +511,7 @@ fn a_users_slice_is_selected_with_its_sessions() {
 const OPENED_BY_SYSTEMD: &str = "192.0.2.2:80";
 /// What the policy opens, and systemd's filter does not.
 const OPENED_BY_AGENT: &str = "192.0.2.3:80";
-const ADDRESS_FILTER: &str = "IPAddressDeny=any\nIPAddressAllow=192.0.2.1 192.0.2.2";
+const ADDRESS_FILTER: [&str; 2] = ["IPAddressDeny=any", "IPAddressAllow=192.0.2.1 192.0.2.2"];
 
 fn both_must_allow(world: &World, service: &mut Service) {
     let before = world.denials().len();
@@ -522,7 +534,7 @@ fn two_policies(workloads: &str) -> String {
 fn beside_systemds_address_filter_both_must_allow_whoever_came_first() {
     let world = World::without_agent();
     world.write(&two_policies(&format!("{{ unit: {} }}", world.slice.name)));
-    let mut web = world.started("web", ADDRESS_FILTER);
+    let mut web = world.started("web", &ADDRESS_FILTER.join("\n"));
     assert_eq!([web.send(OPENED), web.send(OPENED_BY_SYSTEMD)], [Ok(()); 2]);
     assert_eq!(web.send(OPENED_BY_AGENT), Err(REFUSED));
     // After systemd's filter.
@@ -550,7 +562,7 @@ fn beside_systemds_address_filter_both_must_allow_whoever_came_first() {
 #[ignore = "needs systemd as the first process: cargo xtask vm --test systemd"]
 fn a_slice_may_have_systemds_address_filter_and_the_agent() {
     let world = World::without_agent();
-    world.slice.add(&format!("[Slice]\n{ADDRESS_FILTER}\n"));
+    world.slice.add(&format!("[Slice]\n{}\n", ADDRESS_FILTER.join("\n")));
     world.write(&two_policies(&format!("{{ unit: {} }}", world.slice.name)));
     let mut web = world.started("web", "");
     assert_eq!(web.send(OPENED_BY_AGENT), Err(REFUSED));
@@ -566,9 +578,10 @@ fn a_slice_may_have_systemds_address_filter_and_the_agent() {
 fn the_agent_may_filter_the_very_cgroup_of_a_service_that_has_systemds_address_filter() {
     let world = World::without_agent();
     world.write(&two_policies(&format!("{{ unit: {} }}", world.unit("web"))));
-    let mut web = world.started("web", ADDRESS_FILTER);
+    let mut web = world.started("web", "");
     world.tell_agent(&web.unit.cgroup(), "");
     world.agent.start();
+    systemctl(&[&["set-property", "--runtime", &web.unit.name][..], &ADDRESS_FILTER].concat());
     both_must_allow(&world, &mut web);
     // Both come anew to the new cgroup, systemd first.
     web.unit.restart();
@@ -594,7 +607,9 @@ fn beside_systemds_other_network_settings_both_must_allow() {
         no_interface.unit.restart();
     }
     let mut no_bind = world.started("no_bind", "SocketBindDeny=any");
-    assert!(no_bind.is_filtered(), "systemd's program for bind is no matter of connections");
+    assert!(no_bind.is_filtered());
+    assert_eq!(world.can_bind("SocketBindDeny=any"), !has_bpf_framework());
+    assert!(world.can_bind(""));
     world.agent.restart();
     assert!(no_bind.is_filtered() && no_ipv6.is_filtered());
     assert_eq!(no_interface.send(OPENED), refused);

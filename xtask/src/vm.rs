@@ -210,7 +210,7 @@ impl Kernel {
         let initramfs = log.with_extension("initramfs");
         let mut image = Image::new(workspace, &busybox, &kernel)?.with_tests(workspace, tests)?;
         if init == Init::Systemd {
-            image = image.with_systemd(&fetch_systemd(workspace, self.systemd)?)?;
+            image = image.with_systemd(workspace, &fetch_systemd(workspace, self.systemd)?)?;
         }
         image.write(&initramfs)?;
         eprintln!("xtask: booting Linux {} with {}", self.name, tests.files.join(", "));
@@ -255,7 +255,7 @@ fn fetch(workspace: &Workspace, package: &str) -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// The systemd of a release with everything that it needs, unpacked, and the library with which it carries out settings by
+/// The systemd of a release, unpacked, with everything that it needs and the library with which it carries out settings by
 /// BPF.
 fn fetch_systemd(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
     let directory = workspace.target("vm").join(format!("systemd-{suite}"));

@@ -43,7 +43,7 @@ const PROGRAMS: [&str; 1] = ["ip"];
 const ACTORS: [&str; 3] = ["actor", "dial", "escapee"];
 
 /// The first process where there is no systemd: it makes ready what systemd would, and runs the tests.
-const INIT: &str = r#"#!/bin/busybox sh
+const INIT: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 mount -t proc proc /proc
@@ -60,7 +60,7 @@ ip link set lo up
 # The tests and their agents run below the root, as on a host.
 mkdir /sys/fs/cgroup/tests && echo 1 > /sys/fs/cgroup/tests/cgroup.procs
 . /run-tests
-"#;
+";
 
 /// The first process where there is systemd: systemd.
 const INIT_SYSTEMD: &str = "#!/bin/busybox sh
@@ -167,12 +167,15 @@ impl Image {
     }
 
     /// With systemd as the first process, from packages that are unpacked at `root`; it runs the tests as a service.
-    pub fn with_systemd(mut self, root: &Path) -> Result<Self> {
+    pub fn with_systemd(mut self, workspace: &Workspace, root: &Path) -> Result<Self> {
         let is_needed = |path: &Path| !path.starts_with("usr/share") && !path.starts_with("var");
+        // There is one C library for both: the newer one, which also serves programs that were made with an older one.
+        let is_newer_here = !can_run(root, &workspace.agent())?;
         for path in files(root)?.into_iter().filter(|path| is_needed(path)) {
-            let file = root.join(&path);
+            let (file, here) = (root.join(&path), Path::new("/").join(&path));
             let node = match fs::read_link(&file) {
                 Ok(target) => Node::Link(target),
+                Err(_) if is_newer_here && here.is_file() => Node::Program(here),
                 Err(_) => Node::Program(file),
             };
             self.put(path, node);
@@ -292,6 +295,16 @@ impl Image {
         out.write_all(&entry(0, "TRAILER!!!", 0, &[])).with_context(failed)?;
         out.flush().with_context(failed)
     }
+}
+
+/// Whether the C library that is unpacked at `root` runs a program of this machine.
+fn can_run(root: &Path, program: &Path) -> Result<bool> {
+    let libraries = crate::debian::library_directories(root)?;
+    let loaders = libraries.iter().map(|directory| directory.join("ld-linux-x86-64.so.2"));
+    let loader = loaders.into_iter().find(|loader| loader.is_file()).context("the packages have no loader")?;
+    let mut command = Command::new(loader);
+    command.arg("--library-path").arg(std::env::join_paths(libraries)?).arg(program).arg("--version");
+    Ok(command.output().with_context(|| format!("cannot run {}", program.display()))?.status.success())
 }
 
 /// Variables and arguments, as the shell reads them.
