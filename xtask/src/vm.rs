@@ -3,11 +3,13 @@
 //! Everything is fetched below `target/vm` and nothing is installed: QEMU, a busybox, and the kernels' packages, whose signatures
 //! apt checks. The root file system is an initramfs with the agent, the test programs and what those need, all of it at the
 //! path that it has on this machine. Without hardware virtualisation a kernel boots in some seconds all the same.
+//!
+//! Tests that need systemd run in a machine of their own, whose first process is a systemd of Debian's.
 
 use std::{
     collections::BTreeMap,
     ffi::OsString,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -47,21 +49,38 @@ struct Kernel {
     suite: &'static str,
     /// Whether the suite is one of security updates, which lie elsewhere on a mirror.
     is_security: bool,
+    /// The release whose systemd runs on it: the kernel's own, if a mirror still has it.
+    systemd: &'static str,
 }
 
 const KERNELS: [Kernel; 4] = [
-    Kernel { name: "5.10", suite: "bullseye-security", is_security: true },
-    Kernel { name: "6.1", suite: "bookworm", is_security: false },
-    Kernel { name: "6.12", suite: "trixie", is_security: false },
-    Kernel { name: "7.3", suite: "trixie-backports", is_security: false },
+    Kernel { name: "5.10", suite: "bullseye-security", is_security: true, systemd: "bookworm" },
+    Kernel { name: "6.1", suite: "bookworm", is_security: false, systemd: "bookworm" },
+    Kernel { name: "6.12", suite: "trixie", is_security: false, systemd: "trixie" },
+    Kernel { name: "7.3", suite: "trixie-backports", is_security: false, systemd: "trixie" },
 ];
 
 /// What the ordinary test command runs: a kernel that is common and unlike today's, and what finds most there.
 const ORDINARY: (&str, &[&str]) = ("6.1", &["sockets", "escape"]);
 
 /// Test files that need nothing which is not in the image.
-const TESTS: [&str; 11] =
-    ["features", "kernel", "sockets", "escape", "existing", "start", "pinned", "reload", "workloads", "exec", "beside"];
+const TESTS: [&str; 12] = [
+    "features",
+    "kernel",
+    "sockets",
+    "escape",
+    "existing",
+    "start",
+    "pinned",
+    "reload",
+    "workloads",
+    "exec",
+    "beside",
+    "systemd",
+];
+
+/// Those of them that need systemd as the first process.
+const WITH_SYSTEMD: [&str; 1] = ["systemd"];
 
 /// How long one test file may take.
 const PATIENCE: Duration = Duration::from_mins(6);
@@ -73,14 +92,13 @@ pub fn vm(workspace: &Workspace, options: &Options) -> Result<()> {
     }
     let kernels = select(&options.kernels, &KERNELS, |kernel| kernel.name, "kernel")?;
     let tests = select(&options.tests, &TESTS, |test| test, "test file")?;
-    let tests =
-        Tests { files: tests.into_iter().copied().collect(), arguments: &options.arguments, patience: PATIENCE };
+    let tests: Vec<&str> = tests.into_iter().copied().collect();
     prepare(workspace)?;
     let is_all = options.tests.is_empty() && options.arguments.is_empty();
     let mut outcomes = BTreeMap::new();
     for kernel in &kernels {
         let log = if is_all { kernel.name.to_owned() } else { format!("{}-some", kernel.name) };
-        outcomes.insert(kernel.name, kernel.test(workspace, &log, &tests)?);
+        outcomes.insert(kernel.name, kernel.test(workspace, &log, &tests, &options.arguments)?);
     }
     if is_all {
         report(workspace)?;
@@ -92,8 +110,7 @@ pub fn vm(workspace: &Workspace, options: &Options) -> Result<()> {
 pub fn ordinary(workspace: &Workspace) -> Result<()> {
     let (name, files) = ORDINARY;
     let kernel = KERNELS.iter().find(|kernel| kernel.name == name).context("it is one of the kernels")?;
-    let tests = Tests { files: files.to_vec(), arguments: &[], patience: PATIENCE };
-    conclude(&BTreeMap::from([(name, kernel.test(workspace, "ordinary", &tests)?)]))
+    conclude(&BTreeMap::from([(name, kernel.test(workspace, "ordinary", files, &[])?)]))
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "it is a command like the others")]
@@ -125,8 +142,9 @@ fn prepare(workspace: &Workspace) -> Result<()> {
 fn report(workspace: &Workspace) -> Result<()> {
     let mut outcomes = Vec::new();
     for kernel in &KERNELS {
-        let log = log(workspace, kernel.name);
-        let outcome = if log.exists() { Outcome::read(&log)? } else { Outcome::default() };
+        let logs = [Init::Plain, Init::Systemd].map(|init| init.log(workspace, kernel.name));
+        let read = |log: &PathBuf| if log.exists() { Outcome::read(log) } else { Ok(Outcome::default()) };
+        let outcome = Outcome::joined(logs.iter().map(read).collect::<Result<_>>()?);
         if !outcome.is_complete() {
             eprintln!("xtask: docs/kernels.md stays as it is until Linux {} has run to its end, too", kernel.name);
             return Ok(());
@@ -141,24 +159,66 @@ fn conclude(outcomes: &BTreeMap<&str, Outcome>) -> Result<()> {
     if failed.is_empty() { Ok(()) } else { bail!("tests fail under {}", failed.join(", ")) }
 }
 
+/// What a machine has as its first process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Init {
+    /// A script.
+    Plain,
+    Systemd,
+}
+
+impl Init {
+    /// Those of the test files that want this one.
+    fn select(self, files: &[&'static str]) -> Vec<&'static str> {
+        let is_wanted = |file: &&&str| WITH_SYSTEMD.contains(file) == (self == Self::Systemd);
+        files.iter().filter(is_wanted).copied().collect()
+    }
+
+    /// Where what the tests print is kept.
+    fn log(self, workspace: &Workspace, name: &str) -> PathBuf {
+        let suffix = if self == Self::Systemd { "-systemd" } else { "" };
+        workspace.target("vm").join(format!("{name}{suffix}.log"))
+    }
+}
+
 impl Kernel {
     /// Runs tests; what they print is kept under `log_name`.
-    fn test(&self, workspace: &Workspace, log_name: &str, tests: &Tests<'_>) -> Result<Outcome> {
+    fn test(
+        &self,
+        workspace: &Workspace,
+        log_name: &str,
+        files: &[&'static str],
+        arguments: &[OsString],
+    ) -> Result<Outcome> {
         ensure!(cfg!(target_arch = "x86_64"), "kernels are run on x86-64 only");
+        let mut outcomes = Vec::new();
+        for init in [Init::Plain, Init::Systemd] {
+            let files = init.select(files);
+            if !files.is_empty() {
+                let tests = Tests { files, are_ignored: init == Init::Systemd, arguments, patience: PATIENCE };
+                outcomes.push(self.boot(workspace, init, &init.log(workspace, log_name), &tests)?);
+            }
+        }
+        Ok(Outcome::joined(outcomes))
+    }
+
+    fn boot(&self, workspace: &Workspace, init: Init, log: &Path, tests: &Tests<'_>) -> Result<Outcome> {
         let lock = step::lock(workspace)?;
         let (qemu, busybox) = (fetch(workspace, "qemu-system-x86")?, fetch(workspace, "busybox-static")?);
         let kernel = self.fetch(workspace)?;
-        let initramfs = workspace.target("vm").join(format!("{log_name}.initramfs"));
-        Image::new(workspace, &busybox, &kernel)?.with_tests(workspace, tests)?.write(&initramfs)?;
+        let initramfs = log.with_extension("initramfs");
+        let mut image = Image::new(workspace, &busybox, &kernel)?.with_tests(workspace, tests)?;
+        if init == Init::Systemd {
+            image = image.with_systemd(workspace, &fetch_systemd(workspace, self.systemd)?)?;
+        }
+        image.write(&initramfs)?;
         // The machine has its own copy of everything.
         drop(lock);
         eprintln!("xtask: booting Linux {} with {}", self.name, tests.files.join(", "));
-        let log = log(workspace, log_name);
         let start = Instant::now();
-        let machine =
-            Machine { qemu: &qemu, kernel: &kernel, initramfs: &initramfs, log: &log, patience: tests.longest() };
+        let machine = Machine { qemu: &qemu, kernel: &kernel, initramfs: &initramfs, log, patience: tests.longest() };
         machine.run()?;
-        let outcome = Outcome::read(&log)?;
+        let outcome = Outcome::read(log)?;
         let seconds = start.elapsed().as_secs();
         eprintln!("xtask: Linux {}: {outcome}, in {seconds} s; all of it is in {}", self.name, log.display());
         Ok(outcome)
@@ -185,11 +245,6 @@ impl Kernel {
     }
 }
 
-/// Where what the tests print is kept.
-fn log(workspace: &Workspace, name: &str) -> PathBuf {
-    workspace.target("vm").join(format!("{name}.log"))
-}
-
 /// A package with what it needs beyond what the system has, unpacked.
 fn fetch(workspace: &Workspace, package: &str) -> Result<PathBuf> {
     let directory = workspace.target("vm").join(package);
@@ -199,6 +254,18 @@ fn fetch(workspace: &Workspace, package: &str) -> Result<PathBuf> {
     })
     .with_context(|| format!("cannot fetch {package}"))?;
     Ok(directory)
+}
+
+/// The systemd of a release, unpacked, with everything that it needs and the library with which it carries out settings by
+/// BPF.
+fn fetch_systemd(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
+    let directory = workspace.target("vm").join(format!("systemd-{suite}"));
+    step::once(&directory, "1", |directory| {
+        let debian = Debian::suite(&directory.join("apt"), &Debian::mirror("debian")?, suite)?;
+        debian.unpack(&debian.plan(&[], &["systemd", "libbpf1"])?, &directory.join("root"))
+    })
+    .with_context(|| format!("cannot fetch the systemd of {suite}"))?;
+    Ok(directory.join("root"))
 }
 
 #[cfg(test)]
@@ -221,5 +288,11 @@ mod tests {
     fn the_ordinary_tests_are_some_of_all() {
         assert!(ORDINARY.1.iter().all(|test| TESTS.contains(test)));
         assert!(KERNELS.iter().any(|kernel| kernel.name == ORDINARY.0));
+    }
+
+    #[test]
+    fn each_test_file_runs_in_one_kind_of_machine() {
+        assert_eq!(Init::Systemd.select(&TESTS), WITH_SYSTEMD);
+        assert_eq!(Init::Plain.select(&TESTS).len(), TESTS.len() - WITH_SYSTEMD.len());
     }
 }

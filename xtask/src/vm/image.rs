@@ -5,7 +5,7 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io::{BufWriter, Write},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -40,10 +40,10 @@ const MODULES: [&str; 17] = [
 const PROGRAMS: [&str; 2] = ["ip", "unshare"];
 
 /// Programs of the tests' own, beside the test files.
-const ACTORS: [&str; 3] = ["actor", "dial", "escapee"];
+const ACTORS: [&str; 4] = ["actor", "dial", "escapee", "quic"];
 
-/// Prints what [`super::report`] reads.
-const INIT: &str = r#"#!/bin/busybox sh
+/// The first process where there is no systemd: it makes ready what systemd would, and runs the tests.
+const INIT: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 mount -t proc proc /proc
@@ -57,16 +57,43 @@ mount -t securityfs security /sys/kernel/security
 mkdir -p /run/netns /dev/shm
 ln -s /proc/self/fd /dev/fd
 ip link set lo up
-for module in $(cat /modules/order); do insmod /modules/$module.ko 2>/dev/null || echo "=== LACKS $module"; done
 # The tests and their agents run below the root, as on a host.
 mkdir /sys/fs/cgroup/tests && echo 1 > /sys/fs/cgroup/tests/cgroup.procs
+. /run-tests
+";
+
+/// The first process where there is systemd: systemd.
+const INIT_SYSTEMD: &str = "#!/bin/busybox sh
+/bin/busybox --install -s /bin
+exec /usr/lib/systemd/systemd
+";
+
+/// What systemd starts: no logins, which would wait for devices.
+const DEFAULT_TARGET: &str = "[Unit]
+Requires=basic.target egress-tests.service
+";
+
+/// The tests as a service.
+const SERVICE: &str = "[Service]
+Type=oneshot
+TimeoutStartSec=infinity
+Environment=PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+ExecStart=/bin/sh /run-tests
+StandardOutput=file:/dev/console
+StandardError=inherit
+";
+
+/// Runs the tests, prints what [`super::report`] reads, and ends the machine.
+const RUN_TESTS: &str = r#"
+for module in $(cat /modules/order); do insmod /modules/$module.ko 2>/dev/null || echo "=== LACKS $module"; done
 . /environment
 echo "=== KERNEL $(uname -r) $(uname -v)"
 grep -q bpf /sys/kernel/security/lsm 2>/dev/null && echo "=== LSM bpf"
+test -d /run/systemd/system && echo "=== SYSTEMD $(systemctl --version | head -n 1)"
 cd "$WORK"
 while read -r name program; do
     echo "=== RUN $name"
-    timeout -k 5 "$PATIENCE" "$program" --test-threads=2 "$@" 2>&1 < /dev/null
+    timeout -k 5 "$PATIENCE" "$program" --test-threads=2 $OPTIONS "$@" 2>&1 < /dev/null
     echo "=== EXIT $name $?"
 done < /tests
 echo "=== DONE"
@@ -78,6 +105,8 @@ sleep 60
 pub struct Tests<'a> {
     /// Test files of `egress-tests`.
     pub files: Vec<&'static str>,
+    /// Whether they are marked `#[ignore]`, since they can be run in such a machine alone.
+    pub are_ignored: bool,
     /// For each of them.
     pub arguments: &'a [OsString],
     /// How long each of them may take.
@@ -95,7 +124,12 @@ enum Node {
     Directory,
     Program(PathBuf),
     Text(Vec<u8>, u32),
+    /// With what it leads to.
+    Link(PathBuf),
 }
+
+/// Directories that are links to those of the same name below `usr`, as everywhere since Debian 12.
+const MERGED: [&str; 4] = ["bin", "lib", "lib64", "sbin"];
 
 /// What an initramfs is to hold, by path.
 pub struct Image {
@@ -106,13 +140,19 @@ impl Image {
     /// With a shell, and the modules of a kernel.
     pub fn new(workspace: &Workspace, busybox: &Path, kernel: &Path) -> Result<Self> {
         let mut image = Self { nodes: BTreeMap::new() };
-        for directory in ["dev", "proc", "sys", "run", "tmp", "root", "var/tmp", "etc", "bin", "modules"] {
+        for directory in ["dev", "proc", "sys", "run", "tmp", "root", "var/tmp", "etc", "modules"] {
             image.put(directory, Node::Directory);
+        }
+        for directory in MERGED {
+            let usr = Path::new("usr").join(directory);
+            image.nodes.insert(directory.into(), Node::Link(usr.clone()));
+            image.put(usr, Node::Directory);
         }
         image.put("dev/console", Node::Text(Vec::new(), CONSOLE));
         let busybox = find(busybox, |name| name == "busybox").context("busybox-static has no busybox")?;
         image.put("bin/busybox", Node::Program(busybox));
         image.put("init", Node::Text(INIT.into(), 0o100_755));
+        image.text("run-tests", RUN_TESTS);
         image.text("etc/hosts", "127.0.0.1 localhost\n");
         image.text("etc/resolv.conf", "nameserver 127.0.0.1\n");
         for file in ["etc/passwd", "etc/group", "etc/nsswitch.conf"] {
@@ -124,6 +164,27 @@ impl Image {
             image.program(&program)?;
         }
         Ok(image)
+    }
+
+    /// With systemd as the first process, from packages that are unpacked at `root`; it runs the tests as a service.
+    pub fn with_systemd(mut self, workspace: &Workspace, root: &Path) -> Result<Self> {
+        let is_needed = |path: &Path| !path.starts_with("usr/share") && !path.starts_with("var");
+        // There is one C library for both: the newer one, which also serves programs that were made with an older one.
+        let is_newer_here = !can_run(root, &workspace.agent())?;
+        for path in files(root)?.into_iter().filter(|path| is_needed(path)) {
+            let (file, here) = (root.join(&path), Path::new("/").join(&path));
+            let node = match fs::read_link(&file) {
+                Ok(target) => Node::Link(target),
+                Err(_) if is_newer_here && here.is_file() => Node::Program(here),
+                Err(_) => Node::Program(file),
+            };
+            self.put(path, node);
+        }
+        self.put("init", Node::Text(INIT_SYSTEMD.into(), 0o100_755));
+        self.text("etc/machine-id", "e9e55e9e55e9e55e9e55e9e55e9e55e9\n");
+        self.text("etc/systemd/system/default.target", DEFAULT_TARGET);
+        self.text("etc/systemd/system/egress-tests.service", SERVICE);
+        Ok(self)
     }
 
     /// With the agent, test files and what they run.
@@ -146,11 +207,14 @@ impl Image {
         self.text("tests", &list);
         let work = workspace.root().join("tests");
         self.put(&work, Node::Directory);
-        let variables: [(&str, OsString); 6] = [
+        let variables: [(&str, OsString); 8] = [
             ("EGRESS_AGENT", workspace.agent().into()),
             ("EGRESS_COMPANIONS", companions.into()),
             ("EGRESS_EBPF_OBJECT", object.into()),
             ("EGRESS_FEATURES", "/dev/console".into()),
+            // For tests that nobody wants on a machine of his own.
+            ("EGRESS_MACHINE", "yes".into()),
+            ("OPTIONS", if tests.are_ignored { "--ignored" } else { "" }.into()),
             ("PATIENCE", tests.patience.as_secs().to_string().into()),
             ("WORK", work.into()),
         ];
@@ -160,7 +224,9 @@ impl Image {
 
     fn put(&mut self, path: impl AsRef<Path>, node: Node) {
         let path = path.as_ref();
-        let path = path.strip_prefix("/").unwrap_or(path).to_owned();
+        let path = path.strip_prefix("/").unwrap_or(path);
+        let is_merged = MERGED.iter().any(|directory| path.starts_with(directory));
+        let path = if is_merged { Path::new("usr").join(path) } else { path.to_owned() };
         for parent in path.ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty()) {
             self.nodes.entry(parent.to_owned()).or_insert(Node::Directory);
         }
@@ -190,20 +256,12 @@ impl Image {
     /// A companion, with the libraries that its programs take from the system.
     fn tree(&mut self, root: &Path) -> Result<()> {
         let libraries = crate::debian::library_directories(root)?;
-        let mut todo = vec![root.to_owned()];
-        while let Some(directory) = todo.pop() {
-            for entry in fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
-                let path = entry?.path();
-                if path.is_dir() && !path.is_symlink() {
-                    todo.push(path);
-                    continue;
-                }
-                if path.parent().is_some_and(|parent| parent.ends_with("sbin")) {
-                    self.libraries(&path, &libraries)?;
-                }
-                if path.exists() {
-                    self.put(&path, Node::Program(path.clone()));
-                }
+        for path in files(root)?.into_iter().map(|path| root.join(path)) {
+            if path.parent().is_some_and(|parent| parent.ends_with("sbin")) {
+                self.libraries(&path, &libraries)?;
+            }
+            if path.exists() {
+                self.put(&path, Node::Program(path.clone()));
             }
         }
         Ok(())
@@ -231,6 +289,7 @@ impl Image {
             let (mode, bytes) = match node {
                 Node::Directory => (0o040_755, Vec::new()),
                 Node::Text(text, mode) => (*mode, text.clone()),
+                Node::Link(target) => (0o120_777, target.as_os_str().as_bytes().to_vec()),
                 Node::Program(file) => (0o100_000 | mode(file)?, stripped(file, &scratch)?),
             };
             out.write_all(&entry(number, &name.to_string_lossy(), mode, &bytes)).with_context(failed)?;
@@ -238,6 +297,16 @@ impl Image {
         out.write_all(&entry(0, "TRAILER!!!", 0, &[])).with_context(failed)?;
         out.flush().with_context(failed)
     }
+}
+
+/// Whether the C library that is unpacked at `root` runs a program of this machine.
+fn can_run(root: &Path, program: &Path) -> Result<bool> {
+    let libraries = crate::debian::library_directories(root)?;
+    let loaders = libraries.iter().map(|directory| directory.join("ld-linux-x86-64.so.2"));
+    let loader = loaders.into_iter().find(|loader| loader.is_file()).context("the packages have no loader")?;
+    let mut command = Command::new(loader);
+    command.arg("--library-path").arg(std::env::join_paths(libraries)?).arg(program).arg("--version");
+    Ok(command.output().with_context(|| format!("cannot run {}", program.display()))?.status.success())
 }
 
 /// Variables and arguments, as the shell reads them.
@@ -303,6 +372,22 @@ fn unpacked(workspace: &Workspace, kernel: &Path, file: &Path, plain: &str) -> R
     Ok(to)
 }
 
+/// All files and links of a tree, as paths below it.
+fn files(root: &Path) -> Result<Vec<PathBuf>> {
+    let (mut found, mut todo) = (Vec::new(), vec![root.to_owned()]);
+    while let Some(directory) = todo.pop() {
+        for entry in fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
+            let path = entry?.path();
+            if path.is_dir() && !path.is_symlink() {
+                todo.push(path);
+            } else {
+                found.push(path.strip_prefix(root).context("it is below the root")?.to_owned());
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// A file of a tree by its name.
 pub fn find(root: &Path, is_it: impl Fn(&str) -> bool) -> Option<PathBuf> {
     let mut todo = vec![root.to_owned()];
@@ -358,5 +443,14 @@ mod tests {
         image.text("etc/a/b", "x");
         let names: Vec<_> = image.nodes.keys().map(|path| path.display().to_string()).collect();
         assert_eq!(names, ["etc", "etc/a", "etc/a/b"]);
+    }
+
+    #[test]
+    fn libraries_lie_below_usr_whichever_way_they_are_named() {
+        let mut image = Image { nodes: BTreeMap::new() };
+        image.text("/lib64/a.so", "x");
+        image.text("library/b", "x");
+        let names: Vec<_> = image.nodes.keys().map(|path| path.display().to_string()).collect();
+        assert_eq!(names, ["library", "library/b", "usr", "usr/lib64", "usr/lib64/a.so"]);
     }
 }

@@ -45,7 +45,8 @@ const HARDWARE: [&str; 15] = [
     "2048",
 ];
 
-const KERNEL_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1";
+/// The last word is for systemd: the console is for the tests.
+const KERNEL_LINE: &str = "console=ttyS0 quiet loglevel=3 panic=-1 systemd.show_status=no";
 
 impl Machine<'_> {
     /// Boots it and waits until it has powered off.

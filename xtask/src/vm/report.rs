@@ -12,6 +12,8 @@ pub struct Outcome {
     /// `uname -r`, and what distributions add.
     kernel: String,
     has_bpf_lsm: bool,
+    /// Its version, where it is the first process.
+    systemd: String,
     /// What it can do, and cannot.
     features: BTreeMap<String, bool>,
     /// Modules that it does not have.
@@ -54,6 +56,20 @@ impl Outcome {
         Ok(Self::parse(&String::from_utf8_lossy(&bytes)))
     }
 
+    /// What machines with the same kernel ran, together.
+    pub fn joined(outcomes: Vec<Self>) -> Self {
+        outcomes.into_iter().reduce(Self::with).unwrap_or_default()
+    }
+
+    fn with(mut self, other: Self) -> Self {
+        self.is_complete &= other.is_complete;
+        self.systemd += &other.systemd;
+        self.features.extend(other.features);
+        self.files.extend(other.files);
+        self.failed.extend(other.failed);
+        self
+    }
+
     fn parse(text: &str) -> Self {
         let (mut outcome, mut current) = (Self::default(), String::new());
         for line in text.lines().map(str::trim) {
@@ -73,6 +89,7 @@ impl Outcome {
                     let (is_there, name) = feature.split_once(' ').unwrap_or_default();
                     outcome.features.insert(name.to_owned(), is_there == "yes");
                 }
+                ("SYSTEMD", version) => version.trim_start_matches("systemd ").clone_into(&mut outcome.systemd),
                 ("LACKS", module) => outcome.lacks.push(module.to_owned()),
                 ("RUN", name) => {
                     name.clone_into(&mut current);
@@ -175,6 +192,7 @@ fn results(tests: &[&str], outcomes: &[(&str, Outcome)]) -> String {
     add("release", &|outcome| outcome.kernel.split(' ').next().unwrap_or_default().to_owned());
     add("package", &|outcome| outcome.package().to_owned());
     add("BPF LSM active", &|outcome| yes_or_no(outcome.has_bpf_lsm));
+    add("systemd", &|outcome| outcome.systemd.clone());
     add("without the modules", &|outcome| outcome.lacks.join(", "));
     for test in tests {
         let counts = |outcome: &Outcome| outcome.files.get(*test).map_or("not run".to_owned(), Counts::to_string);
@@ -239,6 +257,19 @@ mod tests {
         ] {
             assert!(page.contains(&format!("\n{line}")), "{line} in {page}");
         }
+    }
+
+    #[test]
+    fn the_machines_of_a_kernel_are_told_of_together() {
+        let other = "=== SYSTEMD systemd 252 (252.39-1)\n=== RUN systemd\ntest result: ok. 2 passed; 0 failed\n\
+            === EXIT systemd 0\n=== DONE\n";
+        let joined = Outcome::joined(vec![Outcome::parse(LOG), Outcome::parse(other)]);
+        assert!(joined.is_complete() && joined.files.len() == 4);
+        let page = page(&["sockets", "systemd"], &[("5.10", joined)]);
+        for line in ["| systemd | 252 (252.39-1) |", "| `sockets.rs` | 9 passed |", "| `systemd.rs` | 2 passed |"] {
+            assert!(page.contains(&format!("\n{line}")), "{line} in {page}");
+        }
+        assert!(!Outcome::joined(vec![Outcome::parse(LOG), Outcome::default()]).is_complete());
     }
 
     #[test]
