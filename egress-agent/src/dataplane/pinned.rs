@@ -7,7 +7,7 @@ use std::{
 };
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
-use egress_common::{ABI_VERSION, Counter, Event, Hook, Meta, map};
+use egress_common::{ABI_VERSION, Counter, Event, Hook, Meta, Settings, map};
 use zerocopy::{FromBytes, transmute};
 
 use super::{DataplaneError, failed, sys};
@@ -74,7 +74,7 @@ fn map_use(set: &Path, name: &'static str) -> Result<MapUse, DataplaneError> {
     match name {
         map::WORKLOADS => {
             // It has one element; of interest is what that holds.
-            for inner in inner_maps(data, info.max_entries()) {
+            for inner in inner_maps(data, &[0]) {
                 bytes += memory(&inner);
                 capacity = inner.info().map_or(0, |info| info.max_entries().into());
                 let placements = HashMap::<_, u64, [u8; 8]>::try_from(Map::HashMap(inner))
@@ -83,7 +83,7 @@ fn map_use(set: &Path, name: &'static str) -> Result<MapUse, DataplaneError> {
             }
         }
         map::POLICY | map::SEGMENTS => {
-            for inner in inner_maps(data, info.max_entries()) {
+            for inner in inner_maps(data, &views(set)?) {
                 entries += 1;
                 bytes += memory(&inner);
             }
@@ -98,12 +98,26 @@ fn map_use(set: &Path, name: &'static str) -> Result<MapUse, DataplaneError> {
     Ok(MapUse { name, entries, capacity, bytes })
 }
 
-/// The maps that an array of maps points to. Needs `CAP_SYS_ADMIN`, as the kernel hands them out by id; without it, none.
-fn inner_maps(outer: MapData, length: u32) -> impl Iterator<Item = MapData> {
+/// The views that are there: elements of `POLICY` and `SEGMENTS` that can be in use.
+fn views(set: &Path) -> Result<Vec<u32>, DataplaneError> {
+    let read = |cause| failed(map::VIEWS, "read", cause);
+    let views = Array::<_, [u8; size_of::<Settings>()]>::try_from(Map::Array(open(set, map::VIEWS)?)).map_err(read)?;
+    let mut found = Vec::new();
+    for index in 0..views.len() {
+        let settings: Settings = transmute!(views.get(&index, 0).map_err(read)?);
+        if settings.is_there() {
+            found.push(index);
+        }
+    }
+    Ok(found)
+}
+
+/// The maps that elements of an array of maps point to. Needs `CAP_SYS_ADMIN`, as the kernel hands them out by id; without
+/// it, none. To look at an element that holds nothing is not free: before Linux 6.8 each look waits for a grace period of
+/// RCU (`bpf_map_copy_value`), and of all elements of an array that took minutes.
+fn inner_maps(outer: MapData, elements: &[u32]) -> Vec<MapData> {
     let outer = ArrayOfMaps::<_, MapData>::try_from(Map::ArrayOfMaps(outer)).ok();
-    outer
-        .into_iter()
-        .flat_map(move |outer| (0..length).filter_map(move |index| outer.get(&index, 0).ok()).collect::<Vec<_>>())
+    outer.into_iter().flat_map(|outer| elements.iter().filter_map(move |index| outer.get(index, 0).ok())).collect()
 }
 
 /// What the kernel charges for a map, as it tells in `/proc/self/fdinfo`; 0 if it does not.
