@@ -207,11 +207,13 @@ impl Image {
         self.text("tests", &list);
         let work = workspace.root().join("tests");
         self.put(&work, Node::Directory);
-        let variables: [(&str, OsString); 7] = [
+        let variables: [(&str, OsString); 8] = [
             ("EGRESS_AGENT", workspace.agent().into()),
             ("EGRESS_COMPANIONS", companions.into()),
             ("EGRESS_EBPF_OBJECT", object.into()),
             ("EGRESS_FEATURES", "/dev/console".into()),
+            // For tests that nobody wants on a machine of his own.
+            ("EGRESS_MACHINE", "yes".into()),
             ("OPTIONS", if tests.are_ignored { "--ignored" } else { "" }.into()),
             ("PATIENCE", tests.patience.as_secs().to_string().into()),
             ("WORK", work.into()),
