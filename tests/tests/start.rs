@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 
 use std::{
-    fs,
+    fs, io,
     os::unix::{fs::PermissionsExt, net::UnixDatagram, process::CommandExt},
     path::Path,
     process::Command,
@@ -178,6 +178,19 @@ fn a_cgroup_that_is_not_there_is_a_usage_error() {
         command
     });
     assert_eq!(status, Some(2));
+}
+
+#[test]
+fn a_kernel_that_is_too_old_is_refused_by_its_release() {
+    /// Of `linux/personality.h`: `uname` tells of Linux 2.6.
+    const UNAME26: libc::c_ulong = 0x0002_0000;
+    let (cgroup, policies) = (Cgroup::new().unwrap(), policies(ENTRY));
+    let mut command = run_command(policies.path(), cgroup.path());
+    // SAFETY: between fork and exec the closure makes one system call; it neither allocates nor locks.
+    unsafe {
+        command.pre_exec(|| if libc::personality(UNAME26) < 0 { Err(io::Error::last_os_error()) } else { Ok(()) });
+    }
+    ends(command, 4, &["kernel 2.6.", "too old", "need Linux 5.10"]);
 }
 
 #[test]

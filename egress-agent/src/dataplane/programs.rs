@@ -52,7 +52,7 @@ impl Hooks {
                 Ok(()) => hooks.loaded.push(hook),
                 // Few kernels ask for it, so nobody counts on it: whether it is there, `status` tells.
                 Err(cause) if hook == Hook::SocketCreate => {
-                    tracing::info!(error = %cause, "BPF is a security module of this kernel that takes no programs");
+                    tracing::debug!(error = %cause, "BPF is a security module of this kernel that takes no programs");
                 }
                 Err(cause) => match refused(hook, cause) {
                     DataplaneError::Program { cause, .. } if is_optional(hook) => {
