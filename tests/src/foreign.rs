@@ -293,8 +293,6 @@ impl Request for ObjectPin {}
 impl Request for MapCreate {}
 
 fn load(hook: Hook, instructions: &[Instruction]) -> io::Result<Program> {
-    // Where programs count as locked memory.
-    egress_agent::privileges::prepare();
     let license = c"GPL";
     let request = ProgramLoad {
         program_type: BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
@@ -317,6 +315,8 @@ fn load(hook: Hook, instructions: &[Instruction]) -> io::Result<Program> {
 
 /// The result of `bpf(2)`: a descriptor, or 0.
 fn bpf<R: Request>(command: libc::c_int, request: &R) -> io::Result<RawFd> {
+    // Programs and maps count as locked memory on some kernels.
+    egress_agent::privileges::prepare();
     // SAFETY: the kernel reads `size_of_val(request)` bytes, all initialised, and what they point to, which lives during
     // the call (see `Request`); none of the commands used here writes to our memory.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(request), size_of_val(request)) };

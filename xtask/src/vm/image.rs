@@ -85,6 +85,8 @@ StandardError=inherit
 
 /// Runs the tests, prints what [`super::report`] reads, and ends the machine.
 const RUN_TESTS: &str = r#"
+# Ends a line that systemd began, which resets the console.
+echo
 for module in $(cat /modules/order); do insmod /modules/$module.ko 2>/dev/null || echo "=== LACKS $module"; done
 . /environment
 echo "=== KERNEL $(uname -r) $(uname -v)"
