@@ -10,7 +10,7 @@ use anyhow::Result;
 use egress_tests::{
     agent::Agent,
     cgroup::Cgroup,
-    dial::{Call, Dialer, Method},
+    dial::{Call, Dialer, Method, Timed},
     netns::Netns,
 };
 
@@ -32,10 +32,10 @@ fn main() -> Result<()> {
         let refused = call(Ipv4Addr::new(9, 9, 9, 9));
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
-            let none = unfiltered.time(&allowed, CALLS)?;
-            let allowed = filtered.time(&allowed, CALLS)?;
+            let none = unfiltered.time(Timed::Connect, &allowed, CALLS)?;
+            let allowed = filtered.time(Timed::Connect, &allowed, CALLS)?;
             // Few enough that the reports of a round fit the ring buffer.
-            rounds.push((none, allowed, filtered.time(&refused, 5_000)?));
+            rounds.push((none, allowed, filtered.time(Timed::Connect, &refused, 5_000)?));
         }
         let column = |of: fn(&(f64, f64, f64)) -> f64| median(rounds.iter().map(of).collect());
         println!("{:<34} {:>8.0}", "without a filter", column(|round| round.0));
@@ -46,7 +46,7 @@ fn main() -> Result<()> {
     beside_connect(&namespace, &mut unfiltered)
 }
 
-/// What is added to a datagram on a connected socket, with and without the packet guard, and to a socket.
+/// What is added to calls beside `connect`, with and without the packet guard.
 fn beside_connect(namespace: &Netns, unfiltered: &mut Dialer) -> Result<()> {
     let policies = tempfile::tempdir()?;
     fs::write(policies.path().join("policy.yaml"), document(1))?;
@@ -56,13 +56,16 @@ fn beside_connect(namespace: &Netns, unfiltered: &mut Dialer) -> Result<()> {
     let mut off = Dialer::start(env!("CARGO_BIN_EXE_dial"), &off, namespace)?;
     let mut on = Dialer::start(env!("CARGO_BIN_EXE_dial"), &on, namespace)?;
     let call = Call { method: Method::UdpConnect, mapped: false, to: (address(0), 53).into() };
-    for (what, time) in [
-        ("a datagram", Dialer::time_packets as fn(&mut Dialer, &Call, u32) -> Result<f64>),
-        ("a UDP socket, made and closed", Dialer::time_sockets),
+    for (what, timed) in [
+        ("a datagram", Timed::Datagram),
+        ("a datagram and its answer", Timed::Exchange),
+        ("a UDP socket, made and closed", Timed::Socket),
+        ("setsockopt", Timed::Option),
     ] {
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
-            rounds.push((time(unfiltered, &call, CALLS)?, time(&mut off, &call, CALLS)?, time(&mut on, &call, CALLS)?));
+            let [none, off, on] = [&mut *unfiltered, &mut off, &mut on].map(|dialer| dialer.time(timed, &call, CALLS));
+            rounds.push((none?, off?, on?));
         }
         let column = |of: fn(&(f64, f64, f64)) -> f64| median(rounds.iter().map(of).collect());
         println!("{:<34} {:>8.0}", what, column(|round| round.0));

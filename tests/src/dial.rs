@@ -3,8 +3,8 @@
 use std::{
     ffi::OsStr,
     fmt,
-    io::{BufRead, BufReader, Write},
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    io::{self, BufRead, BufReader, Write},
+    net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     process::{Child, ChildStdin, ChildStdout, Stdio},
     str::FromStr,
     time::{Duration, Instant},
@@ -65,44 +65,73 @@ impl FromStr for Call {
     }
 }
 
+/// What is done over and over, to see how long it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timed {
+    /// `connect` of one UDP socket, refused or not.
+    Connect,
+    /// A datagram on a connected socket.
+    Datagram,
+    /// A datagram to a server of this process, and its answer.
+    Exchange,
+    /// A UDP socket, made and closed.
+    Socket,
+    /// `setsockopt` of an option that nothing is wrong with.
+    Option,
+}
+
+impl Timed {
+    const ALL: [(&str, Self); 5] = [
+        ("connects", Self::Connect),
+        ("datagrams", Self::Datagram),
+        ("exchanges", Self::Exchange),
+        ("sockets", Self::Socket),
+        ("options", Self::Option),
+    ];
+
+    /// By the word that `dial` is told.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|(known, _)| *known == name).map(|(_, timed)| timed)
+    }
+
+    fn name(self) -> &'static str {
+        Self::ALL.into_iter().find(|(_, timed)| *timed == self).map_or("", |(name, _)| name)
+    }
+}
+
 impl Call {
     /// Makes the call; 0, or the error number it ended with.
     pub fn make(&self) -> i32 {
         self.attempt().err().and_then(|error| error.raw_os_error()).unwrap_or(0)
     }
 
-    /// How long one UDP `connect` takes, in nanoseconds: the mean of many on one socket, which may be refused.
-    pub fn time(&self, count: u32) -> std::io::Result<f64> {
+    /// Does something `count` times to or with its destination; the nanoseconds that one takes.
+    pub fn time(&self, timed: Timed, count: u32) -> io::Result<f64> {
         let to = self.destination().into();
-        let socket = Socket::new(Domain::for_address(self.destination()), Type::DGRAM, None)?;
-        let start = Instant::now();
-        for _ in 0..count {
+        let socket = || Socket::new(Domain::for_address(self.destination()), Type::DGRAM, None);
+        let made = socket()?;
+        match timed {
             // Refused or not: either takes its time.
-            let _ = socket.connect(&to);
+            Timed::Connect => per_call(count, || made.connect(&to).or(Ok(()))),
+            Timed::Datagram => {
+                made.connect(&to)?;
+                // Nobody listens, which a later datagram is told of.
+                per_call(count, || made.send(b"x").map(drop).or(Ok(())))
+            }
+            Timed::Exchange => {
+                let server = UdpSocket::bind(self.destination())?;
+                made.connect(&to)?;
+                let client = UdpSocket::from(made);
+                per_call(count, || {
+                    client.send(b"?")?;
+                    let (_, from) = server.recv_from(&mut [0; 1])?;
+                    server.send_to(b"!", from)?;
+                    client.recv(&mut [0; 1]).map(drop)
+                })
+            }
+            Timed::Socket => per_call(count, || socket().map(drop)),
+            Timed::Option => per_call(count, || made.set_broadcast(true)),
         }
-        Ok(start.elapsed().as_secs_f64() * 1e9 / f64::from(count))
-    }
-
-    /// How long it takes to make a UDP socket and close it, in nanoseconds.
-    pub fn time_sockets(&self, count: u32) -> std::io::Result<f64> {
-        let start = Instant::now();
-        for _ in 0..count {
-            Socket::new(Domain::for_address(self.destination()), Type::DGRAM, None)?;
-        }
-        Ok(start.elapsed().as_secs_f64() * 1e9 / f64::from(count))
-    }
-
-    /// How long one datagram of a connected socket takes, in nanoseconds.
-    pub fn time_packets(&self, count: u32) -> std::io::Result<f64> {
-        let to = self.destination().into();
-        let socket = Socket::new(Domain::for_address(self.destination()), Type::DGRAM, None)?;
-        socket.connect(&to)?;
-        let start = Instant::now();
-        for _ in 0..count {
-            // Nobody listens, which a later datagram is told of.
-            let _ = socket.send(b"x");
-        }
-        Ok(start.elapsed().as_secs_f64() * 1e9 / f64::from(count))
     }
 
     fn destination(&self) -> SocketAddr {
@@ -112,7 +141,7 @@ impl Call {
         }
     }
 
-    fn attempt(&self) -> std::io::Result<()> {
+    fn attempt(&self) -> io::Result<()> {
         let (domain, kind) = self.socket_kind();
         self.attempt_on(&Socket::new(domain, kind, None)?)
     }
@@ -124,7 +153,7 @@ impl Call {
     }
 
     /// Makes the call on a socket that is there already.
-    pub fn attempt_on(&self, socket: &Socket) -> std::io::Result<()> {
+    pub fn attempt_on(&self, socket: &Socket) -> io::Result<()> {
         let to = self.destination();
         // Bounds a blocking `connect`, too. One that does not block would leave the socket unfit for another.
         socket.set_write_timeout(Some(Duration::from_secs(5)))?;
@@ -133,6 +162,14 @@ impl Call {
             Method::UdpSend => socket.send_to(b"x", &to.into()).map(drop),
         }
     }
+}
+
+fn per_call(count: u32, mut call: impl FnMut() -> io::Result<()>) -> io::Result<f64> {
+    let start = Instant::now();
+    for _ in 0..count {
+        call()?;
+    }
+    Ok(start.elapsed().as_secs_f64() * 1e9 / f64::from(count))
 }
 
 /// A `dial` process in a cgroup and a network namespace.
@@ -163,19 +200,9 @@ impl Dialer {
         Ok(self.ask(&call.to_string())?.parse()?)
     }
 
-    /// [`Call::time`].
-    pub fn time(&mut self, call: &Call, count: u32) -> Result<f64> {
-        Ok(self.ask(&format!("time {count} {call}"))?.parse()?)
-    }
-
-    /// [`Call::time_packets`].
-    pub fn time_packets(&mut self, call: &Call, count: u32) -> Result<f64> {
-        Ok(self.ask(&format!("packets {count} {call}"))?.parse()?)
-    }
-
-    /// [`Call::time_sockets`].
-    pub fn time_sockets(&mut self, call: &Call, count: u32) -> Result<f64> {
-        Ok(self.ask(&format!("sockets {count} {call}"))?.parse()?)
+    /// [`Call::time`] there.
+    pub fn time(&mut self, timed: Timed, call: &Call, count: u32) -> Result<f64> {
+        Ok(self.ask(&format!("{} {count} {call}", timed.name()))?.parse()?)
     }
 
     fn ask(&mut self, line: &str) -> Result<String> {

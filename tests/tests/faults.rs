@@ -25,7 +25,7 @@ use egress_agent::{
 use egress_tests::{
     agent::Agent,
     bpffs::Bpffs,
-    dial::{Call, Dialer, Method},
+    dial::{Call, Dialer, Method, Timed},
     eventually,
     foreign::{self, Hook, How, Program},
     program, unique_name,
@@ -288,7 +288,7 @@ const FLOOD: u32 = 20_000;
 
 fn flood(world: &mut World) {
     let call = Call { method: Method::UdpConnect, mapped: false, to: "192.0.2.2:80".parse().unwrap() };
-    world.dialer.time(&call, FLOOD).unwrap();
+    world.dialer.time(Timed::Connect, &call, FLOOD).unwrap();
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::{
 use egress_tests::{
     agent::{Agent, Place, binary, run_command},
     cgroup::Cgroup,
-    dial::{Call, Dialer, Method},
+    dial::{Call, Dialer, Method, Timed},
     netns::Netns,
 };
 use rustix::{io::Errno, pipe::fcntl_setpipe_size};
@@ -131,7 +131,7 @@ fn denials_without_room_are_counted_and_told() {
     let mut log = BufReader::new(agent.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(log.any(|line| line.contains("policy applied generation=1 ")));
     let mut dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
-    dialer.time(&call(Method::UdpConnect), 30_000).unwrap();
+    dialer.time(Timed::Connect, &call(Method::UdpConnect), 30_000).unwrap();
     assert!(log.any(|line| line.contains("denials were not reported") && line.contains("WARN")));
     agent.kill().unwrap();
     agent.wait().unwrap();

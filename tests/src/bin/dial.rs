@@ -1,10 +1,10 @@
-//! Makes the calls it reads, one a line, and answers each with 0 or the error number; `time N CALL` is answered with the
-//! nanoseconds that one of N calls takes, `packets N CALL` and `sockets N CALL` with those of a datagram and of a socket.
+//! Makes the calls it reads, one a line, and answers each with 0 or the error number; `connects N CALL` is answered with the
+//! nanoseconds that one of N takes, and so is what else can be timed.
 
 use std::io::{self, BufRead, Write};
 
 use anyhow::{Context, Result};
-use egress_tests::dial::Call;
+use egress_tests::dial::{Call, Timed};
 
 fn main() -> Result<()> {
     let mut out = io::stdout().lock();
@@ -16,14 +16,11 @@ fn main() -> Result<()> {
 }
 
 fn answer(line: &str) -> Result<String> {
-    let timed: fn(&Call, u32) -> io::Result<f64> = match line.split_once(' ').context("an empty line")?.0 {
-        "time" => Call::time,
-        "packets" => Call::time_packets,
-        "sockets" => Call::time_sockets,
-        _ => return Ok(line.parse::<Call>()?.make().to_string()),
+    let Some(timed) = line.split(' ').next().and_then(Timed::named) else {
+        return Ok(line.parse::<Call>()?.make().to_string());
     };
     let mut words = line.splitn(3, ' ').skip(1);
     let mut word = || words.next().context("WHAT N CALL");
-    let (count, call) = (word()?.parse()?, word()?.parse()?);
-    Ok(timed(&call, count)?.to_string())
+    let (count, call): (_, Call) = (word()?.parse()?, word()?.parse()?);
+    Ok(call.time(timed, count)?.to_string())
 }
