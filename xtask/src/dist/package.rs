@@ -58,7 +58,7 @@ fn is_of_root_alone(line: &str) -> bool {
     let mut words = line.split_whitespace();
     let (mode, owner) = (words.next().unwrap_or_default(), words.next());
     let is_writable = |at| mode.as_bytes().get(at).is_none_or(|&letter| letter == b'w');
-    owner == Some("root/root") && !is_writable(5) && !is_writable(8)
+    matches!(owner, Some("root/root" | "0/0")) && !is_writable(5) && !is_writable(8)
 }
 
 fn check_files(root: &Path, program: &Path) -> Result<()> {
@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn what_others_than_root_may_write_is_noticed() {
         assert!(is_of_root_alone("-rw-r--r-- root/root      1061 2026-11-24 18:58 ./etc/egress/agent.yaml"));
-        assert!(is_of_root_alone("drwxr-xr-x root/root         0 2026-11-24 18:58 ./usr/"));
+        assert!(is_of_root_alone("drwxr-xr-x 0/0               0 2026-11-24 18:58 ./usr/"));
         for line in [
             "-rw-rw-r-- root/root 1 2026-11-24 18:58 ./f",
             "-rw-r--rw- root/root 1 2026-11-24 18:58 ./f",
