@@ -12,7 +12,7 @@ use super::{TARGET, VERSION};
 use crate::{process, toolchain, workspace::Workspace};
 
 /// Of Cargo.toml.
-const PROFILE: &str = "dist";
+const PROFILE: &str = "static";
 
 pub fn build(workspace: &Workspace) -> Result<PathBuf> {
     let mut cargo = workspace.cargo();
