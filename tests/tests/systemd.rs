@@ -11,7 +11,7 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::{
@@ -248,7 +248,8 @@ impl World {
         let id = unique_name().replace('-', "_");
         let slice = Unit::new(format!("{id}.slice"), "[Slice]\n");
         slice.start();
-        let directory = tempfile::tempdir().unwrap();
+        // The agent has a /tmp of its own.
+        let directory = tempfile::tempdir_in("/run").unwrap();
         fs::create_dir(directory.path().join("policies")).unwrap();
         let shipped = include_str!("../../deploy/systemd/egress-agent.service");
         let shipped = shipped.replace("/usr/bin/egress-agent", binary().unwrap().to_str().unwrap());
@@ -269,7 +270,9 @@ impl World {
         let variables = lines.concat();
         let directory = self.directory.path().display();
         self.agent.add(&format!(
-            "[Service]\n{variables}StandardOutput=append:{directory}/denials\nStandardError=append:{directory}/log\n{more}"
+            "[Service]\n{variables}StandardOutput=append:{directory}/denials\nStandardError=append:{directory}/log\n\
+             RuntimeDirectory={}\n{more}",
+            self.id
         ));
     }
 
@@ -634,6 +637,28 @@ fn the_service_is_started_when_the_policy_is_in_force() {
     // The unit leaves it what it needs. Older kernels refuse a program, which is warned of.
     let log = world.log();
     assert!(!log.contains("ERROR") && (is_degraded || !log.contains("WARN")), "{log}");
+}
+
+#[test]
+#[ignore = "needs systemd as the first process: cargo xtask vm --test systemd"]
+fn as_a_package_installs_it_the_service_refuses_nothing_and_reports_what_it_would() {
+    let world = World::without_agent();
+    let settings = include_str!("../../deploy/debian/agent.yaml");
+    let policies = world.directory.path().join("policies");
+    let settings = settings.replace("/etc/egress/policies", policies.to_str().unwrap());
+    let file = world.directory.path().join("agent.yaml");
+    fs::write(&file, settings).unwrap();
+    fs::write(policies.join("README"), include_str!("../../deploy/debian/policies/README")).unwrap();
+    // Stronger than the file, they would hide what it says.
+    let unset = "UnsetEnvironment=EGRESS_POLICIES EGRESS_CGROUP EGRESS_DEFAULT";
+    world.tell_agent(Path::new("/"), &format!("{unset}\nEnvironment=EGRESS_CONFIG={}\n", file.display()));
+    world.agent.start();
+    let mut web = world.started("web", "");
+    assert!(!web.is_filtered());
+    let denial = world.denial("a report", |denial| denial["unit"] == web.unit.name.as_str());
+    assert_eq!((&denial["verdict"], &denial["reason"]), (&"would_deny".into(), &"no_rule".into()));
+    let mode = fs::metadata(format!("/sys/fs/bpf/{}", world.id)).unwrap().permissions().mode();
+    assert_eq!(mode & 0o077, 0, "{mode:o}");
 }
 
 #[test]

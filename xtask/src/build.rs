@@ -28,7 +28,8 @@ pub fn build_with(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
     process::run(cargo.args(["build", "--release", "--package", "egress-agent"]), "building the agent")
 }
 
-fn object(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
+/// The kernel programs alone.
+pub fn object(workspace: &Workspace, toolchain: &Toolchain) -> Result<()> {
     process::run(&mut toolchain.cargo(workspace, "build", &[])?, "building the kernel programs")?;
     let built = workspace.target("bpf").join(TARGET).join("release/egress-ebpf");
     replace_if_changed(&built, &workspace.bpf_object())

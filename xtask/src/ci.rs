@@ -6,9 +6,7 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{
-    build, docs as generated, install::Crate, process, step, test, toolchain::Toolchain, workspace::Workspace,
-};
+use crate::{build, docs as generated, install::Crate, process, test, toolchain::Toolchain, workspace::Workspace};
 
 const DENY_VERSION: &str = "0.20.2";
 
@@ -65,12 +63,5 @@ fn cargo_deny(workspace: &Workspace) -> Result<PathBuf> {
     if let Some(installed) = process::find("cargo-deny") {
         return Ok(installed);
     }
-    let _lock = step::lock(workspace)?;
-    let directory = workspace.target("tools/cargo-deny");
-    step::once(&directory, DENY_VERSION, |directory| {
-        eprintln!("xtask: building cargo-deny {DENY_VERSION}, which takes minutes");
-        let deny = Crate { name: "cargo-deny", version: DENY_VERSION, arguments: &[], variables: &[] };
-        deny.install(workspace, directory)
-    })?;
-    Ok(directory.join("bin/cargo-deny"))
+    Crate::plain("cargo-deny", DENY_VERSION).ensure(workspace)
 }

@@ -2,11 +2,16 @@
 //!
 //! Not `cargo install` for the user: nothing reaches PATH.
 
-use std::{ffi::OsString, fs, path::Path, process::Command};
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result};
 
-use crate::{process, workspace::Workspace};
+use crate::{process, step, workspace::Workspace};
 
 pub struct Crate<'a> {
     pub name: &'a str,
@@ -16,7 +21,24 @@ pub struct Crate<'a> {
     pub variables: &'a [(&'a str, OsString)],
 }
 
-impl Crate<'_> {
+impl<'a> Crate<'a> {
+    /// A program that is built as it comes.
+    pub const fn plain(name: &'a str, version: &'a str) -> Self {
+        Self { name, version, arguments: &[], variables: &[] }
+    }
+
+    /// The program, built below `target/tools` if it is not there yet.
+    pub fn ensure(&self, workspace: &Workspace) -> Result<PathBuf> {
+        let Self { name, version, .. } = self;
+        let _lock = step::lock(workspace)?;
+        let directory = workspace.target("tools").join(name);
+        step::once(&directory, version, |directory| {
+            eprintln!("xtask: building {name} {version}, which takes minutes");
+            self.install(workspace, directory)
+        })?;
+        Ok(directory.join("bin").join(name))
+    }
+
     /// Leaves the program in `directory/bin`. What an interrupted build completed is used by the next.
     pub fn install(&self, workspace: &Workspace, directory: &Path) -> Result<()> {
         let build = workspace.target("tools/build").join(self.name);

@@ -7,6 +7,7 @@ mod build;
 mod ci;
 mod companions;
 mod debian;
+mod dist;
 mod docs;
 mod install;
 mod process;
@@ -40,7 +41,9 @@ Environment:
 Without them, the first of these is taken, and the choice is printed:
   1. rustup's nightly with the rust-src component, and bpf-linker on PATH
   2. a rustc that has `core` for bpfel-unknown-none, and bpf-linker on PATH
-  3. Debian's rustc and a bpf-linker built for it, kept under target/toolchain";
+  3. Debian's rustc and a bpf-linker built for it, kept under target/toolchain
+
+  SOURCE_DATE_EPOCH  the time that `dist` puts into packages (else: that of the last commit)";
 
 #[derive(Subcommand)]
 enum Command {
@@ -62,6 +65,9 @@ enum Command {
     Docs,
     /// Boot kernels of Debian in QEMU and run the kernel tests in them; all of them, if none is named
     Vm(vm::Options),
+    /// Build what is shipped to hosts, in target/dist: a tarball and a Debian package of the agent, linked statically, with
+    /// lists of what is in it (SBOM) and checksums
+    Dist,
     /// All checks before a push: fmt, clippy, rustc warnings, docs, licences and sources, tests
     Ci,
 }
@@ -84,6 +90,7 @@ fn command(command: &Command) -> anyhow::Result<()> {
         Command::Run { arguments } => run::run(&workspace, arguments),
         Command::Docs => docs::docs(&workspace),
         Command::Vm(options) => vm::vm(&workspace, options),
+        Command::Dist => dist::dist(&workspace),
         Command::Ci => ci::ci(&workspace),
     }
 }

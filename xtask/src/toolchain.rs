@@ -127,8 +127,13 @@ fn choose(found: &Survey) -> Result<(Choice, String)> {
 /// Debug information for BTF, the instruction set of Linux 5.1 and later, and no path of this machine in the result.
 fn rustflags(workspace: &Workspace) -> Result<Vec<String>> {
     let flags = ["-Cdebuginfo=2", "-Clink-arg=--btf", "-Ctarget-cpu=v3"].map(str::to_owned);
+    Ok(flags.into_iter().chain(remaps(workspace)?).collect())
+}
+
+/// Flags that keep the paths of this machine out of the result.
+pub fn remaps(workspace: &Workspace) -> Result<Vec<String>> {
     let sources = registry_sources()?.into_iter().map(|source| remap(&source, "registry"));
-    Ok(flags.into_iter().chain([remap(workspace.root(), ".")]).chain(sources).collect())
+    Ok([remap(workspace.root(), ".")].into_iter().chain(sources).collect())
 }
 
 fn remap(from: &std::path::Path, to: &str) -> String {
