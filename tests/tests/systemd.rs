@@ -26,6 +26,7 @@ use egress_agent::cgroup::mount_point;
 use egress_tests::{
     PATIENCE,
     agent::binary,
+    bpf_is_a_security_module,
     dial::{Call, Method},
     eventually, kernel_is_before,
     netns::Netns,
@@ -634,6 +635,9 @@ fn the_service_is_started_when_the_policy_is_in_force() {
     let status = world.egress_agent(&["status"]);
     let is_degraded = kernel_is_before(6, 1);
     assert_eq!(status.status.code(), Some(i32::from(is_degraded)), "{status:?}");
+    // Of a program that few kernels take, nothing is said where it is not taken.
+    let has_lsm = String::from_utf8_lossy(&status.stdout).contains("socket_create");
+    assert_eq!(has_lsm, bpf_is_a_security_module(), "{status:?}");
     // The unit leaves it what it needs. Older kernels refuse a program, which is warned of.
     let log = world.log();
     assert!(!log.contains("ERROR") && (is_degraded || !log.contains("WARN")), "{log}");
