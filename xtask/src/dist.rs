@@ -1,7 +1,7 @@
 //! `cargo xtask dist`: what is handed to hosts, in `target/dist`: a tarball, a Debian package, the lists of what is in the
 //! program, and the checksums of all.
 //!
-//! Nothing is released or signed here. The same commit gives the same bytes: everything is packed twice and compared.
+//! Nothing is released or signed here. Everything is packed twice and compared: the same program gives the same bytes.
 
 use std::{
     env, fs,
