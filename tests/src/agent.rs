@@ -230,7 +230,8 @@ impl Drop for Agent {
     }
 }
 
-fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
+/// The lines of a pipe, read as they come.
+pub fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
     let (sender, receiver) = channel();
     thread::spawn(move || {
         for line in BufReader::new(pipe).lines().map_while(Result::ok) {

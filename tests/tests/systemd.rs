@@ -9,7 +9,7 @@
 use std::{
     env,
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
+    io::Write,
     net::SocketAddr,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -17,7 +17,7 @@ use std::{
     sync::{
         RwLock,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, channel},
+        mpsc::Receiver,
     },
     thread,
 };
@@ -25,7 +25,7 @@ use std::{
 use egress_agent::cgroup::mount_point;
 use egress_tests::{
     PATIENCE,
-    agent::binary,
+    agent::{binary, lines},
     bpf_is_a_security_module,
     dial::{Call, Method},
     eventually, kernel_is_before,
@@ -376,18 +376,6 @@ impl Drop for World {
         let _ = try_systemctl(&["stop", &self.agent.name]);
         drop(self.egress_agent(&["detach"]));
     }
-}
-
-fn lines(file: File) -> Receiver<String> {
-    let (sender, receiver) = channel();
-    thread::spawn(move || {
-        for line in BufReader::new(file).lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
-                return;
-            }
-        }
-    });
-    receiver
 }
 
 #[test]

@@ -63,10 +63,11 @@ pub struct MapUse {
 
 /// What every map of a set takes.
 pub fn map_uses(set: &Path) -> Result<Vec<MapUse>, DataplaneError> {
-    map::ALL.iter().map(|&name| map_use(set, name)).collect()
+    let views = views(set)?;
+    map::ALL.iter().map(|&name| map_use(set, name, &views)).collect()
 }
 
-fn map_use(set: &Path, name: &'static str) -> Result<MapUse, DataplaneError> {
+fn map_use(set: &Path, name: &'static str, views: &[u32]) -> Result<MapUse, DataplaneError> {
     let data = open(set, name)?;
     let info = data.info().map_err(|cause| failed(name, "inspect", cause))?;
     let (mut entries, mut bytes) = (0, memory(&data));
@@ -83,7 +84,7 @@ fn map_use(set: &Path, name: &'static str) -> Result<MapUse, DataplaneError> {
             }
         }
         map::POLICY | map::SEGMENTS => {
-            for inner in inner_maps(data, &views(set)?) {
+            for inner in inner_maps(data, views) {
                 entries += 1;
                 bytes += memory(&inner);
             }
