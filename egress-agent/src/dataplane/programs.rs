@@ -48,19 +48,19 @@ impl Hooks {
                 hooks.refused.push(hook);
                 continue;
             }
-            match load(program(ebpf, hook)?, hook) {
-                Ok(()) => hooks.loaded.push(hook),
-                // Few kernels ask for it, so nobody counts on it: whether it is there, `status` tells.
-                Err(cause) if hook == Hook::SocketCreate => {
-                    tracing::debug!(error = %cause, "BPF is a security module of this kernel that takes no programs");
+            let Err(cause) = load(program(ebpf, hook)?, hook) else {
+                hooks.loaded.push(hook);
+                continue;
+            };
+            match (without(hook), refused(hook, cause)) {
+                (Without::Degraded, DataplaneError::Program { cause, .. }) => {
+                    tracing::debug!(hook = hook.as_str(), error = %cause, "this kernel refuses a program");
+                    hooks.refused.push(hook);
                 }
-                Err(cause) => match refused(hook, cause) {
-                    DataplaneError::Program { cause, .. } if is_optional(hook) => {
-                        tracing::debug!(hook = hook.as_str(), error = %cause, "this kernel refuses a program");
-                        hooks.refused.push(hook);
-                    }
-                    error => return Err(error),
-                },
+                (Without::Expected, error) => {
+                    tracing::debug!(hook = hook.as_str(), %error, "this kernel takes no such programs");
+                }
+                (_, error) => return Err(error),
             }
         }
         Ok(hooks)
@@ -73,18 +73,28 @@ fn has_helpers(hook: Hook) -> bool {
     hook != Hook::Setsockopt || is_helper_supported(ProgramType::CgroupSockopt, helper).unwrap_or(true)
 }
 
-/// Without these, there are ways around that the documentation names; without any other, the rules are not enforced.
-const fn is_optional(hook: Hook) -> bool {
+/// What it means that a kernel refuses a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Without {
+    /// The rules are not enforced: nothing starts.
+    Nothing,
+    /// There are ways around that the documentation names: a warning, and `status` tells.
+    Degraded,
+    /// Nobody counts on it, because few kernels take it: `status` tells that it is not there.
+    Expected,
+}
+
+const fn without(hook: Hook) -> Without {
     match hook {
-        Hook::Setsockopt | Hook::Egress => true,
+        Hook::Setsockopt | Hook::Egress => Without::Degraded,
+        Hook::SocketCreate => Without::Expected,
         Hook::Connect4
         | Hook::Connect6
         | Hook::Sendmsg4
         | Hook::Sendmsg6
         | Hook::SockCreate
         | Hook::Recvmsg4
-        | Hook::Recvmsg6
-        | Hook::SocketCreate => false,
+        | Hook::Recvmsg6 => Without::Nothing,
     }
 }
 

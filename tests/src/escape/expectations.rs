@@ -10,10 +10,33 @@ pub struct Documented {
     pub vector: &'static str,
     /// By whom it can be gone.
     pub who: &'static [Who],
+    /// Where it is open.
+    pub on: Kernels,
     /// The row of `GUARANTEES.md` that says so, or its beginning.
     pub row: &'static str,
     /// What would close it.
     pub layer: &'static str,
+}
+
+/// The kernels under which a way is open.
+#[derive(Debug, Clone, Copy)]
+pub enum Kernels {
+    /// All.
+    All,
+    /// Those without `setsockopt` programs that know the caller's cgroup. What is sent to the loopback is the packet guard's.
+    Before6_1,
+    /// Those of which BPF is no security module.
+    WithoutLsm,
+}
+
+impl Kernels {
+    fn include_the_running_one(self) -> bool {
+        match self {
+            Self::All => true,
+            Self::Before6_1 => kernel_is_before(6, 1),
+            Self::WithoutLsm => !bpf_is_a_security_module(),
+        }
+    }
 }
 
 const ANYBODY: &[Who] = &[Who::Root, Who::User];
@@ -27,7 +50,7 @@ const FORGED: &str = "answers to a packet with a forged source";
 const REPORTS: &str = "reports of memberships in multicast groups";
 
 /// The ways.
-const DOCUMENTED: &[Documented] = &[
+pub const DOCUMENTED: &[Documented] = &[
     known("VXLAN tunnel", ROOT, CAPABLE, "none"),
     known("where ip_nonlocal_bind is set: TCP SYN-ACK from this host", ANYBODY, FORGED, "none"),
     known("IGMP report", ANYBODY, REPORTS, "setsockopt"),
@@ -38,43 +61,33 @@ const DOCUMENTED: &[Documented] = &[
     known("taken by pidfd_getfd", ANYBODY, OUTSIDE, "none"),
     known("inherited across exec", ANYBODY, OUTSIDE, "none"),
     known("by a child that moves itself", ROOT, CAPABLE, "none"),
+    known("answer of a UDP socket to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt")
+        .on(Kernels::Before6_1),
+    known("ICMP error to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt").on(Kernels::Before6_1),
+    known("TCP SYN-ACK to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt").on(Kernels::Before6_1),
+    known("TCP SYN-ACK from an address of this host", ANYBODY, FORGED, "setsockopt").on(Kernels::Before6_1),
+    known("ICMPv6 error from an address of this host", ANYBODY, FORGED, "setsockopt").on(Kernels::Before6_1),
+    known("packet socket", ROOT, FAMILIES, "socket_create").on(Kernels::WithoutLsm),
+    known("XDP socket", ROOT, FAMILIES, "socket_create").on(Kernels::WithoutLsm),
+    known("PPPoE socket", ANYBODY, FAMILIES, "socket_create").on(Kernels::WithoutLsm),
+    known("vsock to a process", ANYBODY, FAMILIES, "socket_create").on(Kernels::WithoutLsm),
+    known("RDS", ANYBODY, FAMILIES, "socket_create").on(Kernels::WithoutLsm),
 ];
 
 const fn known(vector: &'static str, who: &'static [Who], row: &'static str, layer: &'static str) -> Documented {
-    Documented { vector, who, row, layer }
+    Documented { vector, who, on: Kernels::All, row, layer }
 }
 
-/// More ways, where the kernel has no `setsockopt` programs that know the caller's cgroup (before 6.1). What is sent to the
-/// loopback is the packet guard's.
-const DOCUMENTED_BEFORE_6_1: &[Documented] = &[
-    known("answer of a UDP socket to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt"),
-    known("ICMP error to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt"),
-    known("TCP SYN-ACK to a source forged by IP_TRANSPARENT", ROOT, FORGED, "setsockopt"),
-    known("TCP SYN-ACK from an address of this host", ANYBODY, FORGED, "setsockopt"),
-    known("ICMPv6 error from an address of this host", ANYBODY, FORGED, "setsockopt"),
-];
-
-/// More ways, where BPF is no security module of the kernel.
-const DOCUMENTED_WITHOUT_LSM: &[Documented] = &[
-    known("packet socket", ROOT, FAMILIES, "socket_create"),
-    known("XDP socket", ROOT, FAMILIES, "socket_create"),
-    known("PPPoE socket", ANYBODY, FAMILIES, "socket_create"),
-    known("vsock to a process", ANYBODY, FAMILIES, "socket_create"),
-    known("RDS", ANYBODY, FAMILIES, "socket_create"),
-];
-
-/// The ways that are known on any kernel.
-#[cfg(test)]
-pub fn all_documented() -> impl Iterator<Item = &'static Documented> {
-    DOCUMENTED.iter().chain(DOCUMENTED_BEFORE_6_1).chain(DOCUMENTED_WITHOUT_LSM)
+impl Documented {
+    const fn on(self, on: Kernels) -> Self {
+        Self { on, ..self }
+    }
 }
 
 /// Whether a leak is known, and where it is documented.
 pub fn documented(vector: &str, who: Who) -> Option<&'static Documented> {
-    let older = if kernel_is_before(6, 1) { DOCUMENTED_BEFORE_6_1 } else { &[] };
-    let without_lsm = if bpf_is_a_security_module() { &[] } else { DOCUMENTED_WITHOUT_LSM };
-    let named = DOCUMENTED.iter().chain(older).chain(without_lsm).find(|known| vector.starts_with(known.vector));
-    named.filter(|known| known.who.contains(&who))
+    let named = DOCUMENTED.iter().filter(|known| known.on.include_the_running_one());
+    named.filter(|known| known.who.contains(&who)).find(|known| vector.starts_with(known.vector))
 }
 
 /// A way that is closed by another layer than the hooks for `connect` and `sendmsg`.

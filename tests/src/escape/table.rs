@@ -1,6 +1,6 @@
 //! The results as a page.
 
-use std::fmt::Write;
+use std::{fmt::Write, fs};
 
 use super::{
     Who,
@@ -9,11 +9,18 @@ use super::{
     target::Permission,
 };
 
-/// A Markdown table, one row for each vector.
+/// `docs/escapes.md`: a Markdown table, one row for each vector.
 pub fn markdown(cases: &[Case]) -> String {
-    let mut page = String::from(
-        "| way | refused: root | refused: user | allowed: root | allowed: user | closed by, or documented as |\n\
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+    let version: Vec<&str> = release.split(['.', '-']).take(2).collect();
+    let mut page = format!(
+        "# Ways off the host\n\n\
+         What `escape.rs` found under Linux {} with the packet guard on: each way is tried by root and by an ordinary user, to a destination\n\
+         that the policy refuses and to one that it allows. \"leaked\": a packet for the refused destination was seen outside. Written by\n\
+         `EGRESS_ESCAPE_TABLE=FILE cargo xtask test -- -p egress-tests --test escape`.\n\n\
+         | way | refused: root | refused: user | allowed: root | allowed: user | closed by, or documented as |\n\
          |---|---|---|---|---|---|\n",
+        version.join("."),
     );
     for rows in cases.chunk_by(|a, b| a.vector.name == b.vector.name) {
         let cell = |who, permission| {
