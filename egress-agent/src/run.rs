@@ -154,6 +154,8 @@ pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
 const DEBOUNCE: Duration = Duration::from_millis(100);
 /// The same for objects of the Kubernetes API, each of which is complete when it comes.
 const OBJECTS_DEBOUNCE: Duration = Duration::from_millis(50);
+/// They are gathered for as long as the last change took to be put in force, and no longer than this.
+const MOST_DEBOUNCE: Duration = Duration::from_millis(500);
 /// How soon a policy that could not be read is tried again without any change being noticed.
 const RETRY: Duration = Duration::from_secs(5);
 /// How long a reload waits for the addresses of new names; what comes later is put in force when it comes.
@@ -407,7 +409,7 @@ async fn follow(
     mut control: Option<Control>,
     signals: &mut Signals,
 ) -> Result<Option<Enforcement>, RunError> {
-    let (mut due, mut objects_due) = (None, None);
+    let (mut due, mut objects_due, mut took) = (None, None, Duration::ZERO);
     let mut watchdog = Watchdog::new();
     let mut pulse = interval(LOOK_AFTER);
     let mut lost = 0;
@@ -424,7 +426,8 @@ async fn follow(
                 if revisions.policies == state.policy.revisions.policies {
                     state.place_pods();
                 } else {
-                    objects_due = objects_due.or(Some(Instant::now() + OBJECTS_DEBOUNCE));
+                    // Where much changes, it is put in force less often, not at the cost of everything else.
+                    objects_due = objects_due.or(Some(Instant::now() + took.clamp(OBJECTS_DEBOUNCE, MOST_DEBOUNCE)));
                 }
             }
             () = resolver.changed() => again = Some(Again::Names),
@@ -451,13 +454,16 @@ async fn follow(
             },
         }
         if let Some(again) = again {
+            let begun = Instant::now();
             let apply = Box::pin(apply_again(again, state, &mut resolver));
             let Some(applied) = undisturbed(apply, &mut watchdog, signals).await else { return Ok(None) };
             let (returned, retry) = applied?;
             state = returned;
-            due = retry.map_or(due.filter(|_| again == Again::Names), |delay| Some(Instant::now() + delay));
+            due = retry.map_or(due.filter(|_| again != Again::Files), |delay| Some(Instant::now() + delay));
+            objects_due = objects_due.filter(|_| again == Again::Names);
+            took = begun.elapsed();
             // A file that is being written is read when it is closed.
-            let settled = if state.is_being_written || again == Again::Names { 0 } else { waiting.len() };
+            let settled = if state.is_being_written || again != Again::Files { 0 } else { waiting.len() };
             for answer in waiting.drain(..settled) {
                 // Whoever asked may be gone.
                 let _ = answer.send(state.tell_reload());

@@ -2,8 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 
-use std::net::IpAddr;
-
 use egress_agent::{
     compile::{Context, NodeAction, NodeDefault, PodContext, compile},
     explain::{Destination, Explainer},
