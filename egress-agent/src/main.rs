@@ -269,7 +269,9 @@ fn start_log(level: LogLevel) {
     // Libraries speak only of what goes wrong, in their own words.
     let targets = Targets::new()
         .with_default(filter.min(LevelFilter::WARN))
-        .with_targets([("egress_agent", filter), ("egress_ebpf", filter)]);
+        .with_targets([("egress_agent", filter), ("egress_ebpf", filter)])
+        // It writes down whole answers that it cannot read. What is wrong with them is told by whoever asked.
+        .with_target("kube_client", LevelFilter::OFF);
     let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let format = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(color).with_target(false);
     tracing_subscriber::registry().with(format).with(targets).init();

@@ -286,7 +286,8 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Result<()> {
     {
         return answer(&mut stream, 404, &status(404, "the server could not find the requested resource"));
     }
-    let found = Resource::ALL.into_iter().find(|resource| parts.contains(&resource.plural()));
+    // As `…/namespaces/shop/pods`: the last one counts.
+    let found = parts.last().and_then(|last| Resource::ALL.into_iter().find(|resource| resource.plural() == *last));
     match (request.method.as_str(), parts.as_slice()) {
         ("GET", ["apis"]) => answer(&mut stream, 200, &groups(shared)),
         ("GET", ["apis", group, version]) => answer(&mut stream, 200, &resources(&format!("{group}/{version}"))),

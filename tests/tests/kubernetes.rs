@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 
-use std::{fs, net::SocketAddr, process::Command};
+use std::{fs, mem::ManuallyDrop, net::SocketAddr, process::Command};
 
 use egress_tests::{
     actor::{Actor, Outcome},
@@ -97,7 +97,12 @@ impl Node {
 
     /// A process in the container of a pod.
     fn run(&self, name: &str) -> Actor {
-        let cgroup = self.pods.descendant(&format!("burstable/pod{}/{CONTAINER}", uid(name))).unwrap();
+        self.start_in(&format!("burstable/pod{}/{CONTAINER}", uid(name)))
+    }
+
+    /// A process in a cgroup below that of all pods, which goes with it.
+    fn start_in(&self, path: &str) -> Actor {
+        let cgroup = ManuallyDrop::new(self.pods.descendant(path).unwrap());
         Actor::start(&self.namespace, &cgroup, None).unwrap()
     }
 
@@ -179,7 +184,9 @@ fn a_service_entry_opens_for_running_pods_and_closes_when_it_is_deleted() {
     node.start(&["--default", "Allow"]);
     let mut ratings = node.run("ratings");
     becomes(&mut ratings, MYSQL, REFUSED);
+    // Before its cgroup is placed, the reason is another.
     let denial = loop {
+        is(&mut ratings, MYSQL, REFUSED);
         let denial = node.agent().denial().unwrap();
         if denial["reason"] == "no_rule" {
             break denial;
@@ -262,8 +269,7 @@ fn pods_are_known_by_the_paths_of_the_systemd_driver() {
     node.start(&["--default", "Allow"]);
     let (class, uid) = ("kubepods-besteffort", uid("ratings").replace('-', "_"));
     let path = format!("{class}.slice/{class}-pod{uid}.slice/cri-containerd-{CONTAINER}.scope");
-    let cgroup = node.pods.descendant(&path).unwrap();
-    let mut ratings = Actor::start(&node.namespace, &cgroup, None).unwrap();
+    let mut ratings = node.start_in(&path);
     becomes(&mut ratings, MYSQL, NOBODY_THERE);
     is(&mut ratings, "203.0.113.9:80", REFUSED);
     let denial = loop {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use kube::{Client, Config, Error};
 
 use super::ClusterError;
-use crate::{policy::diagnostic::printable, run::chain};
+use crate::policy::diagnostic::printable;
 
 /// A client, and where it is connected to.
 pub(super) struct Connected {
@@ -34,9 +34,23 @@ pub(super) fn explain(error: &Error) -> String {
             };
             format!("{} {}{help}", status.code, status.message)
         }
-        error => chain(error),
+        error => causes(error),
     };
     shortened(&text)
+}
+
+/// An error with its causes, which many errors tell of by themselves.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
 }
 
 /// The beginning of a text, harmless to a terminal.

@@ -10,7 +10,7 @@ use std::{
 use kube::{
     Api, Client, Error, ResourceExt as _,
     api::{DynamicObject, ObjectMeta},
-    core::{ApiResource, GroupVersionKind, NotUsed, Object},
+    core::{ApiResource, GroupVersionKind},
 };
 use serde::Deserialize;
 use tokio::{
@@ -41,8 +41,6 @@ const ABSENT: Duration = Duration::from_secs(5);
 const LOOK: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 /// How long the API may take to say what it serves.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-type Pod = Object<NotUsed, PodStatus>;
 
 /// Watches everything, for ever.
 pub(super) async fn run(client: Client, shared: Arc<Shared>, wanted: channel::Receiver<BTreeSet<Selection>>) {
@@ -140,10 +138,7 @@ async fn custom(client: &Client, shared: &Shared, custom: &Custom, mut sink: imp
 }
 
 /// A kind of object that is always served.
-async fn core<K>(client: &Client, kind: &str, selector: Selector, mut sink: impl Sink<K>)
-where
-    K: kube::Resource<DynamicType = ApiResource> + Clone + serde::de::DeserializeOwned + std::fmt::Debug,
-{
+async fn core(client: &Client, kind: &str, selector: Selector, mut sink: impl Sink<DynamicObject>) {
     let api = Api::all_with(client.clone(), &core_resource(kind));
     loop {
         follow(&api, &selector, &mut sink).await;
@@ -293,22 +288,22 @@ fn tell(kind: Kind, (namespace, name): &Key, error: Option<&String>, warnings: &
 
 struct Namespaces<'a>(&'a Shared);
 
-fn namespace(object: &Object<NotUsed, NotUsed>) -> Namespace {
+fn namespace(object: &DynamicObject) -> Namespace {
     let labels = object.metadata.labels.clone().unwrap_or_default();
     Namespace { name: object.metadata.name.clone().unwrap_or_default(), labels }
 }
 
-impl Sink<Object<NotUsed, NotUsed>> for Namespaces<'_> {
-    fn replace(&mut self, objects: Vec<Object<NotUsed, NotUsed>>) {
+impl Sink<DynamicObject> for Namespaces<'_> {
+    fn replace(&mut self, objects: Vec<DynamicObject>) {
         let namespaces = objects.iter().map(namespace).collect();
         self.0.change(|store| store.replace_namespaces(namespaces));
     }
 
-    fn apply(&mut self, object: Object<NotUsed, NotUsed>) {
+    fn apply(&mut self, object: DynamicObject) {
         self.0.change(|store| store.apply_namespace(&namespace(&object)));
     }
 
-    fn delete(&mut self, object: Object<NotUsed, NotUsed>) {
+    fn delete(&mut self, object: DynamicObject) {
         self.0.change(|store| store.delete_namespace(&namespace(&object).name));
     }
 
@@ -335,6 +330,13 @@ struct PodStatus {
     ephemeral_container_statuses: Option<Vec<ContainerStatus>>,
 }
 
+impl PodStatus {
+    /// One that cannot be read is as good as none: the pod is known all the same.
+    fn of(pod: &DynamicObject) -> Self {
+        Self::deserialize(&pod.data["status"]).unwrap_or_default()
+    }
+}
+
 #[derive(Debug, Clone, Deserialize)]
 struct PodIp {
     ip: Option<String>,
@@ -352,9 +354,9 @@ struct ContainerStatus {
 const MIRROR: &str = "kubernetes.io/config.mirror";
 const STATIC_UID: &str = "kubernetes.io/config.hash";
 
-fn pod(object: &Pod) -> PodInfo {
+fn pod(object: &DynamicObject) -> PodInfo {
     let metadata = &object.metadata;
-    let status = object.status.clone().unwrap_or_default();
+    let status = PodStatus::of(object);
     let statuses = [status.container_statuses, status.init_container_statuses, status.ephemeral_container_statuses];
     // As `containerd://` and the id.
     let container = |status: ContainerStatus| Some((status.container_id?.split_once("://")?.1.to_owned(), status.name));
@@ -380,17 +382,17 @@ fn static_uid(metadata: &ObjectMeta) -> Option<String> {
 
 struct Pods<'a>(&'a Shared);
 
-impl Sink<Pod> for Pods<'_> {
-    fn replace(&mut self, objects: Vec<Pod>) {
+impl Sink<DynamicObject> for Pods<'_> {
+    fn replace(&mut self, objects: Vec<DynamicObject>) {
         let pods = objects.iter().map(pod).collect();
         self.0.change(|store| store.replace_pods(pods));
     }
 
-    fn apply(&mut self, object: Pod) {
+    fn apply(&mut self, object: DynamicObject) {
         self.0.change(|store| store.apply_pod(&pod(&object)));
     }
 
-    fn delete(&mut self, object: Pod) {
+    fn delete(&mut self, object: DynamicObject) {
         self.0.change(|store| store.delete_pod(&key(&object.metadata)));
     }
 
@@ -448,8 +450,8 @@ struct Endpoints<'a> {
 }
 
 /// Where a pod is reached; nowhere once it has ended.
-fn addresses(object: &Pod) -> BTreeSet<IpAddr> {
-    let Some(status) = &object.status else { return BTreeSet::new() };
+fn addresses(object: &DynamicObject) -> BTreeSet<IpAddr> {
+    let status = PodStatus::of(object);
     if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
         return BTreeSet::new();
     }
@@ -457,18 +459,18 @@ fn addresses(object: &Pod) -> BTreeSet<IpAddr> {
     several.chain(&status.pod_ip).filter_map(|ip| ip.parse().ok()).collect()
 }
 
-impl Sink<Pod> for Endpoints<'_> {
-    fn replace(&mut self, objects: Vec<Pod>) {
+impl Sink<DynamicObject> for Endpoints<'_> {
+    fn replace(&mut self, objects: Vec<DynamicObject>) {
         let pods = objects.iter().map(|object| (key(&object.metadata), addresses(object))).collect();
         self.shared.change(|store| store.replace_endpoints(self.selection, pods));
     }
 
-    fn apply(&mut self, object: Pod) {
+    fn apply(&mut self, object: DynamicObject) {
         let key = key(&object.metadata);
         self.shared.change(|store| store.apply_endpoint(self.selection, key, &addresses(&object)));
     }
 
-    fn delete(&mut self, object: Pod) {
+    fn delete(&mut self, object: DynamicObject) {
         self.shared.change(|store| store.delete_endpoint(self.selection, &key(&object.metadata)));
     }
 
@@ -486,7 +488,7 @@ mod tests {
 
     use super::*;
 
-    fn read(value: Value) -> Pod {
+    fn read(value: Value) -> DynamicObject {
         serde_json::from_value(value).unwrap()
     }
 
@@ -526,7 +528,9 @@ mod tests {
             "status": { "containerStatuses": [{ "name": "app" }], "initContainerStatuses": null },
         }));
         assert!(pod(&object).containers.is_empty() && addresses(&object).is_empty());
-        assert_eq!(pod(&read(json!({ "metadata": { "name": "a" }, "spec": {} }))).name, "a");
+        for status in [Value::Null, json!([]), json!({ "containerStatuses": 7 }), json!("x")] {
+            assert_eq!(pod(&read(json!({ "metadata": { "name": "a" }, "status": status }))).name, "a");
+        }
     }
 
     #[test]
