@@ -125,7 +125,7 @@ fn lints(policies: &PolicySet, look_up: LookUp) -> Vec<Finding> {
         findings.retain(|finding| finding.code != Code::NeedsLookup);
         findings.extend(policies.service_entries.iter().filter(|entry| !resolves(entry)).map(does_not_resolve));
     }
-    let unbuilt = policies.egress_policies.iter().flat_map(unsupported);
+    let unbuilt = policies.egress_policies.iter().flat_map(|policy| unsupported(policy, true));
     let (code, severity) = (Code::NotEnforcedYet, Code::NotEnforcedYet.severity());
     findings.extend(unbuilt.map(|finding| Finding { code, severity, ..finding }));
     findings

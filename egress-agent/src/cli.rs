@@ -7,10 +7,16 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 
 use crate::{
-    compile::NodeAction, dataplane::PacketGuard, exec::DANGEROUS, policy::L4, privileges::CapabilitySet,
-    scopes::UnknownWorkloads, settings::CONFIG,
+    compile::NodeAction,
+    dataplane::PacketGuard,
+    exec::DANGEROUS,
+    policy::{L4, address},
+    privileges::CapabilitySet,
+    scopes::UnknownWorkloads,
+    settings::CONFIG,
 };
 
 /// Where rules are pinned by default.
@@ -97,12 +103,13 @@ Example:
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own on the command line")]
 pub struct RunArgs {
     /// A policy file, or a directory of *.yaml, *.yml and *.json files; may be given several times. In the environment,
-    /// several are separated by `:`.
-    #[arg(long, value_name = "PATH", required = true, env = "EGRESS_POLICIES")]
+    /// several are separated by `:`. Needed without --kubernetes.
+    #[arg(long, value_name = "PATH", env = "EGRESS_POLICIES")]
     pub policies: Vec<PathBuf>,
-    /// The cgroup to filter, with all below it: a directory, or a path below the cgroup2 mount.
+    /// The cgroup to filter, with all below it: a directory, or a path below the cgroup2 mount. With --kubernetes, by default
+    /// that of all pods.
     #[arg(long, value_name = "PATH", env = "EGRESS_CGROUP")]
-    pub cgroup: PathBuf,
+    pub cgroup: Option<PathBuf>,
     /// A directory on a bpf file system that keeps the rules in force; one agent for each.
     #[arg(long, value_name = "DIR", env = "EGRESS_PIN_DIR", default_value = PIN_DIRECTORY)]
     pub pin_dir: PathBuf,
@@ -151,6 +158,52 @@ pub struct RunArgs {
     /// How denials are written; text on a terminal, else JSON lines.
     #[arg(long, value_name = "FORMAT", env = "EGRESS_OUTPUT")]
     pub output: Option<Output>,
+    /// The cluster.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// Arguments of `run` about a cluster.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Kubernetes")]
+pub struct ClusterArgs {
+    /// Filter the pods of this node by the `ServiceEntry` and `EgressPolicy` objects of its cluster, beside those of --policies. The
+    /// API is found by the service account of the pod, or by the file that KUBECONFIG names.
+    #[arg(long, env = "EGRESS_KUBERNETES")]
+    pub kubernetes: bool,
+    /// The node whose pods are filtered; by default the name of the host.
+    #[arg(long, value_name = "NAME", env = "EGRESS_NODE_NAME")]
+    pub node_name: Option<String>,
+    /// The namespace whose `EgressPolicy` objects may select anything; those of others select pods of their own namespace.
+    #[arg(long, value_name = "NAMESPACE", env = "EGRESS_ROOT_NAMESPACE", default_value = "egress-system")]
+    pub root_namespace: String,
+    /// Only `ServiceEntry` objects of these namespaces count; by default those of all.
+    #[arg(long, value_name = "NAMESPACE", env = "EGRESS_SERVICE_ENTRIES_FROM", value_delimiter = ',')]
+    pub service_entries_from: Vec<String>,
+    /// Refuse by default what pods of every namespace do, not only of those that have the label `egress.filter/mode: enforce`.
+    #[arg(long, env = "EGRESS_ALL_NAMESPACES")]
+    pub all_namespaces: bool,
+    /// Allow by default what pods of these namespaces do, unless the namespace has that label.
+    #[arg(
+        long,
+        value_name = "NAMESPACE",
+        env = "EGRESS_EXEMPT_NAMESPACES",
+        value_delimiter = ',',
+        default_value = "kube-system"
+    )]
+    pub exempt_namespaces: Vec<String>,
+    /// What every pod may reach unless a rule denies it: the addresses of pods and services.
+    #[arg(long, value_name = "CIDR", env = "EGRESS_INTERNAL_CIDRS", value_delimiter = ',', value_parser = network)]
+    pub internal_cidrs: Vec<IpNet>,
+    /// What `dns: { servers: System }` means for pods; by default the servers of the agent's own /etc/resolv.conf.
+    #[arg(long, value_name = "IP", env = "EGRESS_CLUSTER_DNS", value_delimiter = ',')]
+    pub cluster_dns: Vec<IpAddr>,
+}
+
+/// A prefix or an address; host bits are masked.
+fn network(text: &str) -> Result<IpNet, String> {
+    let read = address::network(text).map_err(|bad| format!("{}: {}", bad.message, bad.help))?;
+    Ok(read.net)
 }
 
 /// Arguments of `exec`.

@@ -54,6 +54,17 @@ pub struct Context {
     pub system_resolvers: Vec<IpAddr>,
     /// What is known of host names.
     pub names: Names,
+    /// What holds of pods alone.
+    pub pods: PodContext,
+}
+
+/// What the rules of pods depend on besides the documents.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodContext {
+    /// What `dns: { servers: System }` means for pods; the system's resolvers if none is named.
+    pub resolvers: Vec<IpAddr>,
+    /// The networks of the cluster, which every pod may reach unless a rule denies it: Istio lets traffic within a mesh through.
+    pub internal: Vec<IpNet>,
 }
 
 /// Addresses of host names; names are in lower case, without a trailing dot.
@@ -85,7 +96,7 @@ pub struct NodeDefault {
 }
 
 /// `--default`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum)]
 #[value(rename_all = "PascalCase")]
 pub enum NodeAction {
     /// Only what a `ServiceEntry` names (Istio's `REGISTRY_ONLY`).

@@ -12,6 +12,7 @@ use crate::{
     dataplane::{Applied, Change, Dataplane, DataplaneError},
     existing::Sweep,
     hierarchy::{Changed, Hierarchy},
+    pods::Pods,
     policy::load::Watched,
     ruleset::Ruleset,
     run::{RunError, chain, system},
@@ -154,7 +155,9 @@ impl Enforcement {
     }
 
     /// Puts other policies in force. If that fails, those before stay.
-    pub(crate) fn adopt(&mut self, selector: Selector) -> Result<Applied, RunError> {
+    pub(crate) fn adopt(&mut self, mut selector: Selector) -> Result<Applied, RunError> {
+        let pods = self.with_gone(selector.pods().clone());
+        selector.set_pods(pods);
         let before = std::mem::replace(&mut self.selector, selector);
         let applied = self.place(Change::Policy);
         if applied.is_err() {
@@ -163,6 +166,28 @@ impl Enforcement {
             self.look()?;
         }
         applied
+    }
+
+    /// Places the pods that there are now, by the same policies.
+    pub(crate) fn set_pods(&mut self, pods: Pods) {
+        let pods = self.with_gone(pods);
+        self.selector.set_pods(pods);
+        if let Err(error) = self.place(Change::Tidy) {
+            tracing::error!(error = %chain(&error), "cannot place pods: they are refused, or judged as before");
+            self.is_behind = true;
+        }
+        self.sweeping = Sweeping::OnceMore;
+    }
+
+    /// The pods that are placed.
+    pub(crate) const fn pods(&self) -> &Pods {
+        self.selector.pods()
+    }
+
+    fn with_gone(&self, mut pods: Pods) -> Pods {
+        let nodes = self.hierarchy.nodes();
+        pods.keep(self.selector.pods(), nodes.iter().map(|node| node.path.as_str()));
+        pods
     }
 
     /// Ends connections that the policies in force would refuse, where they say so; and once more when it is looked after.

@@ -20,6 +20,7 @@ use crate::{
     cgroup::{self, CgroupPaths},
     compile::Names,
     dataplane::RuleNames,
+    pods::{PodName, PodNames},
     policy::RuleName,
 };
 
@@ -57,6 +58,9 @@ pub struct Connection {
     /// The container of that cgroup.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub container_id: Option<String>,
+    /// The pod of that cgroup.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<PodName>,
 }
 
 /// Where a workload wanted to go.
@@ -137,6 +141,7 @@ pub struct Enricher {
     paths: CgroupPaths,
     rules: RuleNames,
     hosts: HostNames,
+    pods: PodNames,
     /// `/proc` shows the ids that the kernel reports.
     sees_all: bool,
 }
@@ -144,7 +149,13 @@ pub struct Enricher {
 impl Enricher {
     /// Names rules by `rules`, cgroups by `paths` and addresses by `hosts`.
     pub fn new(paths: CgroupPaths, rules: RuleNames, hosts: HostNames) -> Self {
-        Self { paths, rules, hosts, sees_all: is_initial_pid_namespace() }
+        Self { paths, rules, hosts, pods: PodNames::default(), sees_all: is_initial_pid_namespace() }
+    }
+
+    /// Names pods by `pods`.
+    #[must_use]
+    pub fn with_pods(self, pods: PodNames) -> Self {
+        Self { pods, ..self }
     }
 
     /// The full story of a record; `None` if it is of another version and cannot be understood.
@@ -170,6 +181,7 @@ impl Enricher {
             }),
             unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
             container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
+            pod: path.as_deref().and_then(Path::to_str).and_then(|path| self.pods.describe(path)),
             process: describe(&process, event.time(), self.sees_all),
             cgroup: Cgroup { id: process.cgroup_id, path: path.as_deref().map(lossy) },
         })
@@ -304,6 +316,10 @@ impl fmt::Display for Connection {
         }
         if let Some(rule) = &self.rule {
             write!(f, " rule={:?}", rule.to_string())?;
+        }
+        if let Some(PodName { namespace, name, container, .. }) = &self.pod {
+            write!(f, " pod={namespace}/{name}")?;
+            container.iter().try_for_each(|container| write!(f, "/{container}"))?;
         }
         let process = &self.process;
         write!(f, " comm={:?} pid={} uid={}", process.comm, process.pid, process.uid)?;

@@ -23,7 +23,7 @@ use tokio::{
 use crate::{
     cgroup::{self, CgroupPaths},
     cli::{ExecArgs, LogLevel},
-    compile::{Context, NodeDefault},
+    compile::{Context, NodeDefault, PodContext},
     dataplane::{self, Dataplane, DataplaneError, KernelLog, PacketGuard},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
@@ -171,7 +171,7 @@ pub async fn exec(
     let user = user::choose(args.user.as_deref(), sudo)?;
     let mut source = Source::new(options(args))?;
     // A source must have a path: that of the daemon is followed.
-    let policy = if args.policies.is_empty() { Source::accept(Loaded::default())? } else { source.read()? };
+    let policy = if args.policies.is_empty() { source.accept(Loaded::default())? } else { source.read()? };
     dataplane::probe()?;
     let mount = cgroup::mount_point().map_err(RunError::from)?;
     let scratch = Scratch::make(&args.pin_dir, &mount, user.as_ref().map_or(0, |user| user.uid))?;
@@ -224,6 +224,7 @@ fn options(args: &ExecArgs) -> SourceOptions {
         load: LoadOptions { require_root_owned: false, follow: false },
         node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
         unknown: UnknownWorkloads::Deny,
+        pods: PodContext::default(),
     }
 }
 

@@ -70,6 +70,12 @@ pub fn expect(policies: &PolicySet) -> Result<CapabilitySet, ExistingError> {
     if may_enter { probe().map(|()| TERMINATE) } else { Err(ExistingError::Privilege) }
 }
 
+/// What can be given to those who may ask for it later: nothing, if the calling thread or the kernel cannot.
+pub fn possible() -> CapabilitySet {
+    let may_enter = capabilities(None).is_ok_and(|held| held.effective.contains(TERMINATE));
+    if may_enter && probe().is_ok() { TERMINATE } else { CapabilitySet::empty() }
+}
+
 /// Where connections are looked for.
 pub(crate) struct Sweep<'a> {
     pub(crate) mount: &'a Path,

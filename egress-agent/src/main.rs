@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use egress_agent::{
     check::{LookUp, Report},
     cli::{CheckArgs, Command, DetachArgs, ExecArgs, ExplainArgs, LogLevel, Output, ReloadArgs, RunArgs, StatusArgs},
-    compile::{Context, Names, NodeDefault},
+    compile::{Context, Names, NodeDefault, PodContext},
     control::{self, Request},
     exec::{self, Ended, Sudo},
     explain::{
@@ -199,7 +199,7 @@ fn context(args: &ExplainArgs) -> anyhow::Result<Context> {
         names.0.entry(host.clone()).or_default().insert(*address);
     }
     let node_default = NodeDefault { action: args.default, loopback: true, dns: true };
-    Ok(Context { node_default, system_resolvers, names })
+    Ok(Context { node_default, system_resolvers, names, pods: PodContext::default() })
 }
 
 fn who(args: &ExplainArgs) -> Who {

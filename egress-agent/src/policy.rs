@@ -37,7 +37,8 @@ pub struct PolicySet {
 /// A place in a policy file; line and column count from 1.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
-    /// The file as the user named it, or as found below the directory the user named.
+    /// The file as the user named it, or as found below the directory the user named. Empty for an object of the Kubernetes
+    /// API.
     pub file: Arc<Path>,
     /// Line, from 1.
     pub line: u32,
@@ -45,8 +46,23 @@ pub struct Position {
     pub column: u32,
 }
 
+impl Position {
+    /// That of an object of the Kubernetes API.
+    pub fn nowhere() -> Self {
+        Self { file: Arc::from(Path::new("")), line: 0, column: 0 }
+    }
+
+    /// Whether it is in a file.
+    pub fn is_somewhere(&self) -> bool {
+        !self.file.as_os_str().is_empty()
+    }
+}
+
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.is_somewhere() {
+            return f.write_str("the Kubernetes API");
+        }
         write!(f, "{}:{}:{}", self.file.display(), self.line, self.column)
     }
 }
@@ -259,6 +275,8 @@ pub struct EgressPolicy {
     pub object: ObjectName,
     /// Where the document begins.
     pub at: Position,
+    /// Whom it can select at all.
+    pub reach: Reach,
     /// `spec.workloads`: any of these; `None` selects every workload.
     pub workloads: Option<Vec<Selector>>,
     /// `spec.mode`.
@@ -285,6 +303,15 @@ pub struct EgressPolicy {
     pub existing: Option<Existing>,
     /// `spec.refuseWith`.
     pub refuse_with: Option<RefuseWith>,
+}
+
+/// Whom a policy can select, whatever its selectors say. It depends on where the policy comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reach {
+    /// Whomever its selectors select: it is a file, or an object of the root namespace.
+    Anything,
+    /// Pods of its own namespace: any other object of the Kubernetes API.
+    Namespace,
 }
 
 /// `spec.mode`.
@@ -501,7 +528,7 @@ pub enum RuleName {
         /// Where the statement begins.
         at: Position,
     },
-    /// `loopback`, `dns`, `replies`, `agent`, `default`.
+    /// `loopback`, `dns`, `internal`, `replies`, `agent`, `default`.
     Builtin(&'static str),
 }
 
@@ -527,8 +554,8 @@ impl Serialize for RuleName {
                 name: &object.name,
                 path: Some(path),
                 // JSON has no other bytes than text; a file name may.
-                file: Some(at.file.to_string_lossy()),
-                line: Some(at.line),
+                file: at.is_somewhere().then(|| at.file.to_string_lossy()),
+                line: at.is_somewhere().then_some(at.line),
             },
             Self::Builtin(name) => Shape { kind: "builtin", namespace: None, name, path: None, file: None, line: None },
         }

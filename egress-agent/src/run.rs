@@ -11,6 +11,7 @@ use std::{
 };
 
 use egress_common::Event;
+use rustix::system::uname;
 use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -18,21 +19,24 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
     task::spawn_blocking,
-    time::{Instant, Interval, interval, sleep_until},
+    time::{Instant, Interval, interval, interval_at, sleep_until},
 };
 
 use crate::{
-    cgroup::{self, CgroupError, CgroupPaths},
-    cli::{EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
-    compile::{CompileError, Names, NodeAction, NodeDefault},
+    cgroup::{self, Cgroup, CgroupError, CgroupPaths},
+    cli::{ClusterArgs, EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
+    compile::{CompileError, Names, NodeAction, NodeDefault, PodContext},
     control::{self, Asked, Control, Request},
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, pinned},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
     exec,
     existing::{self, ExistingError},
+    kubernetes::{self, Cluster, ClusterError, Rejection, Revisions},
     pins::{PinDirectory, PinError},
+    pods::{PodNames, ROOTS},
     policy::load::{LoadError, LoadOptions},
+    prefix::canonical,
     privileges::{self, CapabilitySet, FOREIGN_FILES},
     report::{Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
@@ -77,6 +81,17 @@ pub enum RunError {
     /// The kernel cannot be brought to enforce.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
+    /// The Kubernetes API cannot be asked.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// No cgroup of pods.
+    #[error(
+        "no cgroup of pods: none of {} is below {}; name another with --cgroup", ROOTS.join(", "), .mount.display()
+    )]
+    NoPods {
+        /// Where the hierarchy is mounted.
+        mount: PathBuf,
+    },
     /// Connections cannot be ended.
     #[error(transparent)]
     Existing(#[from] ExistingError),
@@ -116,10 +131,12 @@ impl RunError {
             | Self::Dataplane(DataplaneError::TooLarge { .. } | DataplaneError::TooManyScopes { .. }) => 1,
             Self::Cgroup(CgroupError::NotFound { .. } | CgroupError::NotCgroup2 { .. })
             | Self::OwnCgroup { .. }
+            | Self::NoPods { .. }
             | Self::NeedsForce => 2,
             Self::Pins(PinError::Claimed { .. }) => 5,
             Self::Cgroup(_)
             | Self::Dataplane(_)
+            | Self::Cluster(_)
             | Self::Existing(_)
             | Self::SocketMatching
             | Self::Resolver(_)
@@ -135,6 +152,10 @@ pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
 
 /// How long changes are gathered before the policy is read again.
 const DEBOUNCE: Duration = Duration::from_millis(100);
+/// The same for objects of the Kubernetes API, each of which is complete when it comes.
+const OBJECTS_DEBOUNCE: Duration = Duration::from_millis(50);
+/// They are gathered for as long as the last change took to be put in force, and no longer than this.
+const MOST_DEBOUNCE: Duration = Duration::from_millis(500);
 /// How soon a policy that could not be read is tried again without any change being noticed.
 const RETRY: Duration = Duration::from_secs(5);
 /// How long a reload waits for the addresses of new names; what comes later is put in force when it comes.
@@ -143,11 +164,15 @@ const RELOAD_WAIT: Duration = Duration::from_secs(1);
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
     let mut source = Source::new(options(args))?;
+    if args.cluster.kubernetes {
+        dataplane::probe()?;
+        source.cluster = Some(connect(args).await?);
+    }
     let policy = source.read()?;
     dataplane::probe()?;
-    let terminating = existing::expect(&policy.set)?;
+    let terminating = if args.cluster.kubernetes { existing::possible() } else { existing::expect(&policy.set)? };
     let mount = cgroup::mount_point()?;
-    let target = Target::open(&args.cgroup, &mount)?;
+    let target = Target::open(&filtered(args, &mount)?, &mount)?;
     if target.cgroup.is_root() {
         warn_of_exempt(&target, args, &policy)?;
     }
@@ -172,14 +197,17 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     privileges::keep_only(privileges::RUNNING | files(args) | terminating);
     enforcement.terminate();
     let backlog = retire(&pins, enforcement.dataplane.pins().path());
+    let pods = PodNames::default();
+    pods.set(enforcement.pods().clone());
     let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
+    let enricher = enricher.with_pods(pods.clone());
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
     // Whoever waits for the start may ask at once.
     let control = listen(args);
     announce(&applied, &policy, &enforcement.cgroup.path);
     let (last_error, is_being_written, started) = (None, false, SystemTime::now());
-    let state =
-        State { source, enforcement, policy, hosts, rules: applied.rules, last_error, is_being_written, started };
+    let rules = applied.rules;
+    let state = State { source, enforcement, policy, hosts, pods, rules, last_error, is_being_written, started };
     let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
@@ -196,6 +224,49 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     Ok(())
 }
 
+/// The cgroup to filter.
+fn filtered(args: &RunArgs, mount: &Path) -> Result<PathBuf, RunError> {
+    if let Some(cgroup) = &args.cgroup {
+        return Ok(cgroup.clone());
+    }
+    let root = ROOTS.into_iter().find(|root| mount.join(root).is_dir());
+    root.map(PathBuf::from).ok_or_else(|| RunError::NoPods { mount: mount.to_owned() })
+}
+
+/// How often whoever waits for the Kubernetes API is told what is missing.
+const TELL: Duration = Duration::from_secs(10);
+
+/// Waits until everything there is in the cluster has been listed: before, what was in force stays.
+async fn connect(args: &RunArgs) -> Result<Cluster, RunError> {
+    let mount = cgroup::mount_point()?;
+    let top = Cgroup::open(&filtered(args, &mount)?, &mount)?;
+    let ClusterArgs { node_name, root_namespace, service_entries_from, all_namespaces, exempt_namespaces, .. } =
+        &args.cluster;
+    let named = |names: &[String]| names.iter().filter(|name| !name.is_empty()).cloned().collect();
+    let mut cluster = Cluster::start(kubernetes::Settings {
+        node: node_name.clone().unwrap_or_else(|| uname().nodename().to_string_lossy().to_lowercase()),
+        root_namespace: root_namespace.clone(),
+        entries_from: named(service_entries_from),
+        all_namespaces: *all_namespaces,
+        exempt: named(exempt_namespaces),
+        top: top.path.to_string_lossy().into_owned(),
+        may_terminate: !existing::possible().is_empty(),
+    })?;
+    let mut tell = interval_at(Instant::now() + TELL, TELL);
+    while !cluster.revisions().is_synced {
+        tokio::select! {
+            _ = cluster.changed() => {}
+            _ = tell.tick() => {
+                let missing = cluster.report().missing();
+                tracing::warn!(%missing, "waiting for the Kubernetes API; until then, what was in force stays");
+                // systemd waits longer, as long as this is said again in time.
+                notify(&[NotifyState::Status("waiting for the Kubernetes API"), NotifyState::ExtendTimeoutUsec(30_000_000)]);
+            }
+        }
+    }
+    Ok(cluster)
+}
+
 /// The capabilities that reading the policy files takes.
 pub const fn files(args: &RunArgs) -> CapabilitySet {
     if args.allow_writable_policies { FOREIGN_FILES } else { CapabilitySet::empty() }
@@ -207,6 +278,10 @@ fn options(args: &RunArgs) -> SourceOptions {
         load: LoadOptions { require_root_owned: !args.allow_writable_policies, follow: true },
         node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
         unknown: args.unknown_workloads,
+        pods: PodContext {
+            resolvers: args.cluster.cluster_dns.iter().map(|&address| canonical(address.into()).addr()).collect(),
+            internal: args.cluster.internal_cidrs.clone(),
+        },
     }
 }
 
@@ -318,6 +393,7 @@ struct State {
     policy: Policy,
     /// For those who tell of denials.
     hosts: HostNames,
+    pods: PodNames,
     rules: usize,
     /// Why the policy that was read last is not in force.
     last_error: Option<String>,
@@ -333,7 +409,7 @@ async fn follow(
     mut control: Option<Control>,
     signals: &mut Signals,
 ) -> Result<Option<Enforcement>, RunError> {
-    let mut due = None;
+    let (mut due, mut objects_due, mut took) = (None, None, Duration::ZERO);
     let mut watchdog = Watchdog::new();
     let mut pulse = interval(LOOK_AFTER);
     let mut lost = 0;
@@ -345,6 +421,15 @@ async fn follow(
             _ = signals.interrupt.recv() => return Ok(Some(state.enforcement)),
             _ = signals.hangup.recv() => again = Some(Again::Files),
             () = at(due) => again = Some(Again::Files),
+            () = at(objects_due) => again = Some(Again::Objects),
+            revisions = changed(&mut state.source.cluster) => {
+                if revisions.policies == state.policy.revisions.policies {
+                    state.place_pods();
+                } else {
+                    // Where much changes, it is put in force less often, not at the cost of everything else.
+                    objects_due = objects_due.or(Some(Instant::now() + took.clamp(OBJECTS_DEBOUNCE, MOST_DEBOUNCE)));
+                }
+            }
             () = resolver.changed() => again = Some(Again::Names),
             () = watchdog.tick() => {}
             _ = pulse.tick() => {
@@ -369,18 +454,28 @@ async fn follow(
             },
         }
         if let Some(again) = again {
+            let begun = Instant::now();
             let apply = Box::pin(apply_again(again, state, &mut resolver));
             let Some(applied) = undisturbed(apply, &mut watchdog, signals).await else { return Ok(None) };
             let (returned, retry) = applied?;
             state = returned;
-            due = retry.map_or(due.filter(|_| again == Again::Names), |delay| Some(Instant::now() + delay));
+            due = retry.map_or(due.filter(|_| again != Again::Files), |delay| Some(Instant::now() + delay));
+            objects_due = objects_due.filter(|_| again == Again::Names);
+            took = begun.elapsed();
             // A file that is being written is read when it is closed.
-            let settled = if state.is_being_written || again == Again::Names { 0 } else { waiting.len() };
+            let settled = if state.is_being_written || again != Again::Files { 0 } else { waiting.len() };
             for answer in waiting.drain(..settled) {
                 // Whoever asked may be gone.
                 let _ = answer.send(state.tell_reload());
             }
         }
+    }
+}
+
+async fn changed(cluster: &mut Option<Cluster>) -> Revisions {
+    match cluster {
+        Some(cluster) => cluster.changed().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -396,6 +491,8 @@ async fn next(control: &mut Option<Control>) -> Asked {
 enum Again {
     /// The policy files.
     Files,
+    /// The objects of the Kubernetes API.
+    Objects,
     /// The addresses of names alone.
     Names,
 }
@@ -425,6 +522,7 @@ async fn apply_again(
     }
     let (state, policy) = match again {
         Again::Files => on_a_thread(state, |state| state.source.read()).await?,
+        Again::Objects => on_a_thread(state, |state| Ok(state.source.merged())).await?,
         Again::Names => {
             let policy = state.policy.clone();
             (state, Ok(policy))
@@ -434,6 +532,8 @@ async fn apply_again(
         Ok(policy) => {
             if again == Again::Files {
                 resolver.reread_system();
+            }
+            if again != Again::Names && policy.names != state.policy.names {
                 resolver.want(policy.names.clone());
                 resolver.first_answers(RELOAD_WAIT).await;
             }
@@ -467,6 +567,7 @@ impl State {
         let hosts = names.clone();
         let applied = self.enforcement.adopt(self.source.selector(&policy, names))?;
         self.hosts.set(&hosts);
+        self.pods.set(self.enforcement.pods().clone());
         let Applied { generation, is_changed, scopes, rules, prefixes, segments } = applied;
         self.policy = policy;
         self.rules = rules;
@@ -479,6 +580,13 @@ impl State {
         self.enforcement.terminate();
         self.enforcement.clean();
         Ok(())
+    }
+
+    /// Pods came, went or were labelled anew, and the policies are the same.
+    fn place_pods(&mut self) {
+        let Some(cluster) = &self.source.cluster else { return };
+        self.enforcement.set_pods(cluster.snapshot().pods);
+        self.pods.set(self.enforcement.pods().clone());
     }
 
     /// Tells how it went, and when it is to be tried again.
@@ -516,8 +624,20 @@ impl State {
             pinned: self.enforcement.is_pinned(),
             scopes: self.enforcement.scopes(),
             names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report() },
+            kubernetes: self.source.cluster.as_ref().map(|cluster| self.tell_cluster(cluster)),
         };
         serde_json::to_string(&told).unwrap_or_default()
+    }
+
+    fn tell_cluster(&self, cluster: &Cluster) -> kubernetes::Report {
+        let mut report = cluster.report();
+        let hidden = self.policy.hidden.iter().map(|object| Rejection {
+            object: object.to_string(),
+            message: "a policy file has a document of this name".to_owned(),
+            earlier_in_force: false,
+        });
+        report.rejected.extend(hidden);
+        report
     }
 
     /// The answer to [`Request::Reload`].

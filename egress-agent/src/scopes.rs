@@ -14,8 +14,9 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     cgroup,
-    compile::{CompileError, Context, compile},
+    compile::{CompileError, Context, NodeAction, compile},
     existing,
+    pods::{self, Pods},
     policy::{Mode, ObjectName, PolicySet},
     ruleset::Ruleset,
     workload::{ScopeKey, UserIdentity, Workload, names_root, selects, selects_only_below},
@@ -115,6 +116,7 @@ pub struct Selector {
     context: Context,
     unknown: UnknownWorkloads,
     users: Vec<UserIdentity>,
+    pods: Pods,
     scopes: Vec<Scope>,
     known: HashMap<(ScopeKey, Kind), usize>,
     /// By cgroup id.
@@ -136,12 +138,30 @@ impl Selector {
         unknown: UnknownWorkloads,
         users: Vec<UserIdentity>,
     ) -> Self {
-        Self { policies, context, unknown, users, scopes: Vec::new(), known: HashMap::new(), placed: HashMap::new() }
+        let (pods, scopes, known, placed) = (Pods::default(), Vec::new(), HashMap::new(), HashMap::new());
+        Self { policies, context, unknown, users, pods, scopes, known, placed }
+    }
+
+    /// From now on with these pods. What was compiled stays as it is, unless it is of namespaces that have long gone.
+    pub fn set_pods(&mut self, pods: Pods) {
+        const MOST_KEPT: usize = 512;
+        self.pods = pods;
+        self.placed.clear();
+        if self.scopes.len() > MOST_KEPT {
+            self.scopes.clear();
+            self.known.clear();
+        }
+    }
+
+    /// The pods.
+    pub const fn pods(&self) -> &Pods {
+        &self.pods
     }
 
     /// Whether cgroups directly below a path are to be placed.
     pub fn looks_below(&self, path: &str) -> bool {
-        self.policies.egress_policies.iter().any(|policy| selects_only_below(policy, path))
+        matches!(self.pods.place(path), pods::Place::Parent)
+            || self.policies.egress_policies.iter().any(|policy| selects_only_below(policy, path))
     }
 
     /// Places cgroups, the attach point first. `agent` is the agent's own.
@@ -150,10 +170,11 @@ impl Selector {
         // What is gone is not remembered.
         let mut placed = HashMap::with_capacity(nodes.len());
         for node in nodes {
-            let mut placement = match self.placed.get(&node.id) {
-                Some(&placement) => placement,
+            let placement = match self.placed.get(&node.id) {
+                Some(&placement) => Some(placement),
                 None => self.place(node)?,
             };
+            let Some(mut placement) = placement else { continue };
             placed.insert(node.id, placement);
             if agent == Some(node.id) {
                 placement.own = Seat::Exempt;
@@ -161,7 +182,7 @@ impl Selector {
             placements.insert(node.id, placement);
         }
         self.placed = placed;
-        let elsewhere = nodes.first().map(|node| placements[&node.id].below);
+        let elsewhere = nodes.first().and_then(|node| placements.get(&node.id)).map(|placement| placement.below);
         let used = placements.values().flat_map(|placement| [placement.own, placement.below]);
         let (used, renumbered) = self.in_use(used);
         let renumber = |seat| match seat {
@@ -174,8 +195,14 @@ impl Selector {
         Ok(Layout { scopes: used, placements, elsewhere: elsewhere.map(renumber) })
     }
 
-    fn place(&mut self, node: &Node) -> Result<Placement, CompileError> {
-        let workload = workload(&node.path);
+    /// `None` for what belongs to a pod that is not known: it is judged as what stands below its parent.
+    fn place(&mut self, node: &Node) -> Result<Option<Placement>, CompileError> {
+        let mut workload = workload(&node.path);
+        match self.pods.place(&node.path) {
+            pods::Place::Pod(member) => workload.pod = Some(member.pod.clone()),
+            pods::Place::Unknown => return Ok(None),
+            pods::Place::Parent | pods::Place::Elsewhere => {}
+        }
         let (own, below) = if node.path.is_empty() {
             let own = if self.policies.egress_policies.iter().any(names_root) {
                 Seat::Scope(self.scope(&workload, Kind::Cgroup)?)
@@ -188,18 +215,21 @@ impl Selector {
             (scope, scope)
         };
         let below = if self.refuses_below(&node.path) { Seat::Unknown } else { below };
-        Ok(Placement { own, below, level: node.level() })
+        Ok(Some(Placement { own, below, level: node.level() }))
     }
 
-    /// Only what enforces can make a difference to a verdict.
+    /// Only what enforces can make a difference to a verdict. Any policy that does may be for a pod that comes.
     fn refuses_below(&self, path: &str) -> bool {
-        let enforces = |mode| mode == Mode::Enforce;
+        let mut enforcing = self.policies.egress_policies.iter().filter(|policy| policy.mode == Mode::Enforce);
         self.unknown == UnknownWorkloads::Deny
-            && self
-                .policies
-                .egress_policies
-                .iter()
-                .any(|policy| enforces(policy.mode) && selects_only_below(policy, path))
+            && match self.pods.place(path) {
+                pods::Place::Parent => {
+                    enforcing.next().is_some()
+                        || self.pods.is_any_refused()
+                        || self.context.node_default.action == NodeAction::Deny
+                }
+                _ => enforcing.any(|policy| selects_only_below(policy, path)),
+            }
     }
 
     /// The scope of a workload, compiled if it is the first of its kind, with those of its users.
@@ -272,7 +302,7 @@ pub(crate) fn workload(path: &str) -> Workload {
 mod tests {
     use super::*;
     use crate::{
-        compile::{Names, NodeAction, NodeDefault},
+        compile::{Names, NodeAction, NodeDefault, PodContext},
         policy::load::load_text,
     };
 
@@ -286,7 +316,12 @@ mod tests {
         let loaded = load_text("p.yaml", &documents.concat());
         assert!(!loaded.has_errors(), "{:?}", loaded.findings);
         let node_default = NodeDefault { action: NodeAction::Allow, loopback: false, dns: false };
-        let context = Context { node_default, system_resolvers: Vec::new(), names: Names::default() };
+        let context = Context {
+            node_default,
+            system_resolvers: Vec::new(),
+            names: Names::default(),
+            pods: PodContext::default(),
+        };
         let users = users.iter().map(|&uid| UserIdentity { uid: Some(uid), name: None }).collect();
         Selector::new(Arc::new(loaded.policies), context, unknown, users)
     }

@@ -107,7 +107,26 @@ pub fn parse(mut command: Command, args: Vec<OsString>) -> Result<Cli, clap::Err
         let paths = run.policies.iter().flat_map(|paths| env::split_paths(paths).collect::<Vec<_>>());
         run.policies = paths.filter(|path| !path.as_os_str().is_empty()).collect();
     }
+    if let cli::Command::Run(run) = &cli.command {
+        complete(run, &mut command)?;
+    }
     Ok(cli)
+}
+
+/// Without the Kubernetes API, it must be said which policies, and for whom.
+fn complete(run: &cli::RunArgs, command: &mut Command) -> Result<(), clap::Error> {
+    let missing: Vec<&str> =
+        [("--policies <PATH>", run.policies.is_empty()), ("--cgroup <PATH>", run.cgroup.is_none())]
+            .into_iter()
+            .filter_map(|(flag, is_missing)| (is_missing && !run.cluster.kubernetes).then_some(flag))
+            .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    command.build();
+    let owner = command.find_subcommand_mut(RUN).expect("`run` is there");
+    let message = format!("the following required arguments were not provided:\n  {}", missing.join("\n  "));
+    Err(owner.error(ErrorKind::MissingRequiredArgument, message))
 }
 
 /// The subcommand that is asked for, also where the rest of the command line is wrong.
@@ -422,7 +441,7 @@ log: debug
         {
             let run = run(&line);
             assert_eq!(run.policies, [Path::new("/a"), Path::new("/b")]);
-            assert_eq!((run.cgroup.as_path(), run.default), (Path::new("system.slice"), NodeAction::Allow));
+            assert_eq!((run.cgroup.as_deref(), run.default), (Some(Path::new("system.slice")), NodeAction::Allow));
             assert_eq!((run.no_dns, run.no_loopback, run.pin_dir), (true, false, "/sys/fs/bpf/egress".into()));
         }
         let stronger = run(&format!("egress-agent run --config {path} --policies /c --default Deny --no-loopback"));

@@ -1,16 +1,19 @@
-//! Policy files, read for the daemon: watched before they are read, and reported on as they are.
+//! Policies, read for the daemon: files, watched before they are read and reported on as they are, and the objects of the
+//! Kubernetes API beside them.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use crate::{
-    compile::{Context, Names, NodeDefault, combine::dialled_names},
+    compile::{Context, Names, NodeDefault, PodContext, combine::dialled_names},
+    kubernetes::{Cluster, Revisions, Selection, Snapshot},
+    pods::Pods,
     policy::{
-        HostPattern, PolicySet, User,
+        EgressPolicy, Endpoint, EndpointAddress, HostPattern, ObjectName, PolicySet, ServiceEntry, User,
         diagnostic::{Finding, Severity},
         egress_policy::unbuilt::unsupported,
         load::{LoadError, LoadOptions, Loaded, load, watched},
@@ -34,6 +37,8 @@ pub(crate) struct SourceOptions {
     pub(crate) node_default: NodeDefault,
     /// What becomes of cgroups that are not placed yet.
     pub(crate) unknown: UnknownWorkloads,
+    /// What holds of pods alone.
+    pub(crate) pods: PodContext,
 }
 
 /// Where policies come from.
@@ -41,6 +46,20 @@ pub(crate) struct Source {
     options: SourceOptions,
     /// Where changes are noticed.
     pub(crate) watch: Watch,
+    /// The Kubernetes API.
+    pub(crate) cluster: Option<Cluster>,
+    /// What the files said when they could be read last.
+    files: Files,
+    /// What was warned of already.
+    told: BTreeSet<(String, String)>,
+}
+
+/// What the files said.
+#[derive(Debug, Clone, Default)]
+struct Files {
+    set: Arc<PolicySet>,
+    documents: usize,
+    system_resolvers: Vec<IpAddr>,
 }
 
 /// Policies that were read and are valid.
@@ -54,22 +73,31 @@ pub(crate) struct Policy {
     pub(crate) names: BTreeSet<String>,
     /// Patterns that cannot be resolved, with the documents that have them.
     pub(crate) wildcards: Vec<(String, String)>,
+    pods: Pods,
+    /// How far the Kubernetes API was followed.
+    pub(crate) revisions: Revisions,
+    /// Objects of the API that are not in force beside a file of the same name.
+    pub(crate) hidden: Vec<ObjectName>,
 }
 
 impl Source {
     /// Nothing is read yet. Must be called in a tokio runtime.
     pub(crate) fn new(options: SourceOptions) -> Result<Self, RunError> {
-        Ok(Self { options, watch: Watch::new().map_err(system("cannot watch policy files"))? })
+        let watch = Watch::new().map_err(system("cannot watch policy files"))?;
+        Ok(Self { options, watch, cluster: None, files: Files::default(), told: BTreeSet::new() })
     }
 
-    /// Reads, and tells of every finding.
+    /// Reads the files, and tells of every finding. What the Kubernetes API says is as it was told last.
     pub(crate) fn read(&mut self) -> Result<Policy, RunError> {
-        Self::accept(self.load()?)
+        let loaded = if self.options.paths.is_empty() { Loaded::default() } else { self.load()? };
+        self.accept(loaded)
     }
 
     /// Takes documents if they are valid, and tells of every finding.
-    pub(crate) fn accept(loaded: Loaded) -> Result<Policy, RunError> {
-        let unbuilt: Vec<Finding> = loaded.policies.egress_policies.iter().flat_map(unsupported).collect();
+    pub(crate) fn accept(&mut self, loaded: Loaded) -> Result<Policy, RunError> {
+        let knows_pods = self.cluster.is_some();
+        let unbuilt: Vec<Finding> =
+            loaded.policies.egress_policies.iter().flat_map(|policy| unsupported(policy, knows_pods)).collect();
         let findings = || loaded.findings.iter().chain(&unbuilt);
         findings().for_each(report);
         let errors = findings().filter(|finding| finding.severity == Severity::Error).count();
@@ -78,28 +106,59 @@ impl Source {
         }
         let resolv_conf = Path::new(resolv::RESOLV_CONF);
         let system_resolvers = resolv::resolvers(resolv_conf).map_err(system("cannot read /etc/resolv.conf"))?;
-        let (names, wildcards) = names(&loaded.policies);
-        let users = users(&loaded.policies);
-        Ok(Policy {
-            documents: loaded.documents,
-            set: Arc::new(loaded.policies),
+        self.files = Files { documents: loaded.documents, set: Arc::new(loaded.policies), system_resolvers };
+        Ok(self.merged())
+    }
+
+    /// What the files said when they were read last, and what the Kubernetes API says now.
+    pub(crate) fn merged(&mut self) -> Policy {
+        let Files { set, documents, system_resolvers } = self.files.clone();
+        let snapshot = self.cluster.as_ref().map(Cluster::snapshot);
+        let (set, hidden) = match &snapshot {
+            Some(snapshot) => {
+                let (merged, hidden) = merge(&set, snapshot);
+                if let Some(cluster) = &self.cluster {
+                    cluster.select(selections(&merged).collect());
+                }
+                (Arc::new(merged), hidden)
+            }
+            None => (set, Vec::new()),
+        };
+        let Snapshot { revisions, pods, service_entries, egress_policies, .. } = snapshot.unwrap_or_default();
+        let mut told = Told { before: &self.told, now: BTreeSet::new() };
+        let (names, wildcards) = names(&set, &mut told);
+        let users = users(&set, &mut told);
+        for object in &hidden {
+            if told.is_new("hidden", object.to_string()) {
+                tracing::warn!(%object, "a policy file has a document of this name: that of the Kubernetes API has no effect");
+            }
+        }
+        self.told = told.now;
+        Policy {
+            documents: documents + service_entries.len() + egress_policies.len(),
+            set,
             system_resolvers,
             users,
             names,
             wildcards,
-        })
+            pods,
+            revisions,
+            hidden,
+        }
     }
 
     /// What rules depend on besides the documents.
     pub(crate) fn context(&self, policy: &Policy, names: Names) -> Context {
         let (node_default, system_resolvers) = (self.options.node_default, policy.system_resolvers.clone());
-        Context { node_default, system_resolvers, names }
+        Context { node_default, system_resolvers, names, pods: self.options.pods.clone() }
     }
 
     /// Places workloads by these policies and what is known of their names.
     pub(crate) fn selector(&self, policy: &Policy, names: Names) -> Selector {
         let context = self.context(policy, names);
-        Selector::new(policy.set.clone(), context, self.options.unknown, policy.users.clone())
+        let mut selector = Selector::new(policy.set.clone(), context, self.options.unknown, policy.users.clone());
+        selector.set_pods(policy.pods.clone());
+        selector
     }
 
     /// What is read is watched first, so that no change is missed. A directory that appeared meanwhile was read, perhaps,
@@ -130,14 +189,80 @@ fn report(finding: &Finding) {
     }
 }
 
+/// What is warned of is warned of once, as long as it stays so.
+struct Told<'a> {
+    before: &'a BTreeSet<(String, String)>,
+    now: BTreeSet<(String, String)>,
+}
+
+impl Told<'_> {
+    fn is_new(&mut self, what: &str, of: String) -> bool {
+        let told = (what.to_owned(), of);
+        let is_new = !self.before.contains(&told);
+        self.now.insert(told) && is_new
+    }
+}
+
+/// The documents of the files and the objects of the API; and those objects that have the name of a document.
+fn merge(files: &PolicySet, snapshot: &Snapshot) -> (PolicySet, Vec<ObjectName>) {
+    let mut merged = files.clone();
+    let mut hidden = Vec::new();
+    let names: BTreeSet<&ObjectName> = files
+        .service_entries
+        .iter()
+        .map(|entry| &entry.object)
+        .chain(files.egress_policies.iter().map(|policy| &policy.object))
+        .collect();
+    for entry in &snapshot.service_entries {
+        if names.contains(&entry.object) {
+            hidden.push(entry.object.clone());
+        } else {
+            merged.service_entries.push(ServiceEntry::clone(entry));
+        }
+    }
+    for policy in &snapshot.egress_policies {
+        if names.contains(&policy.object) {
+            hidden.push(policy.object.clone());
+        } else {
+            merged.egress_policies.push(EgressPolicy::clone(policy));
+        }
+    }
+    merged.service_entries.sort_by(|a, b| a.object.cmp(&b.object));
+    merged.egress_policies.sort_by(|a, b| a.object.cmp(&b.object));
+    for entry in &mut merged.service_entries {
+        let addresses = selection(entry).and_then(|selection| snapshot.endpoints.get(&selection));
+        let of_pod = |&address| Endpoint {
+            address: EndpointAddress::Ip(address),
+            ports: BTreeMap::new(),
+            labels: BTreeMap::new(),
+            at: entry.at.clone(),
+        };
+        let of_pods: Vec<Endpoint> = addresses.into_iter().flatten().map(of_pod).collect();
+        entry.endpoints.extend(of_pods);
+    }
+    (merged, hidden)
+}
+
+/// The pods that are the endpoints of an entry: those of its namespace with these labels.
+fn selection(entry: &ServiceEntry) -> Option<Selection> {
+    let labels = entry.workload_selector.clone()?;
+    Some((entry.object.namespace.to_string(), labels))
+}
+
+fn selections(policies: &PolicySet) -> impl Iterator<Item = Selection> {
+    policies.service_entries.iter().filter_map(selection)
+}
+
 /// The names that can be resolved, and the patterns that cannot; a warning for each of these.
-fn names(policies: &PolicySet) -> (BTreeSet<String>, Vec<(String, String)>) {
+fn names(policies: &PolicySet, told: &mut Told<'_>) -> (BTreeSet<String>, Vec<(String, String)>) {
     let (mut names, mut wildcards) = (BTreeSet::new(), Vec::new());
     for (object, pattern) in dialled_names(policies) {
         match pattern {
             HostPattern::Exact(name) => drop(names.insert(name)),
             HostPattern::Below(_) | HostPattern::Ending(_) => {
-                tracing::warn!(document = %object, host = %pattern, "a wildcard cannot be resolved: it opens nothing");
+                if told.is_new(&object.to_string(), pattern.to_string()) {
+                    tracing::warn!(document = %object, host = %pattern, "a wildcard cannot be resolved: it opens nothing");
+                }
                 wildcards.push((pattern.to_string(), object.to_string()));
             }
         }
@@ -146,7 +271,7 @@ fn names(policies: &PolicySet) -> (BTreeSet<String>, Vec<(String, String)>) {
 }
 
 /// The users that policies select by, in both forms; a warning for those that are not known here.
-fn users(policies: &PolicySet) -> Vec<UserIdentity> {
+fn users(policies: &PolicySet, told: &mut Told<'_>) -> Vec<UserIdentity> {
     let known = Users::read(Path::new(PASSWD));
     let identity = |user: &User| match user {
         User::Uid(uid) => known.identity(&uid.to_string()),
@@ -156,7 +281,9 @@ fn users(policies: &PolicySet) -> Vec<UserIdentity> {
     users.retain(|user| {
         if user.uid.is_none() {
             let name = user.name.as_deref().unwrap_or_default();
-            tracing::warn!(user = name, "no such user in {PASSWD}: what selects it selects nobody");
+            if told.is_new("user", name.to_owned()) {
+                tracing::warn!(user = name, "no such user in {PASSWD}: what selects it selects nobody");
+            }
         }
         user.uid.is_some()
     });

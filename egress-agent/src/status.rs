@@ -13,6 +13,7 @@ use crate::{
     cgroup::{self, CgroupPaths},
     control::{self, Request},
     dataplane::pinned::{self, MapUse},
+    kubernetes,
     pins::{self, PinError},
     resolver::NameReport,
     run::chain,
@@ -40,6 +41,9 @@ pub struct Status {
     pub counters: Counters,
     /// Names of the policies; known by the agent alone.
     pub names: Names,
+    /// The Kubernetes API, where it is a source; known by the agent alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kubernetes: Option<kubernetes::Report>,
 }
 
 /// The agent.
@@ -158,6 +162,9 @@ pub struct FromAgent {
     pub scopes: Vec<Scope>,
     /// Names of the policies.
     pub names: Names,
+    /// The Kubernetes API, where it is a source.
+    #[serde(default)]
+    pub kubernetes: Option<kubernetes::Report>,
 }
 
 impl Status {
@@ -193,6 +200,7 @@ impl Status {
             maps: Vec::new(),
             counters: Counters::default(),
             names: Names::default(),
+            kubernetes: None,
         };
         let Some(set) = set else { return status };
         status.read_attached(set);
@@ -258,8 +266,10 @@ impl Status {
             Ok(from_agent) => from_agent,
             Err(error) => return self.degraded.push(format!("the agent does not answer: {error}")),
         };
-        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names } = from_agent;
+        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names, kubernetes } =
+            from_agent;
         self.degraded.extend(degraded);
+        self.degraded.extend(kubernetes.iter().flat_map(kubernetes::Report::degraded));
         self.agent.since = Some(since);
         if let Some(policy) = &mut self.policy {
             (policy.documents, policy.rules) = (Some(documents), Some(rules));
@@ -276,7 +286,7 @@ impl Status {
             self.enforcing = attached;
             self.degraded.push("the pins are gone: what is in force ends with the agent".to_owned());
         }
-        (self.scopes, self.names) = (scopes, names);
+        (self.scopes, self.names, self.kubernetes) = (scopes, names, kubernetes);
     }
 
     /// The exit status that the command line promises.
@@ -352,6 +362,17 @@ impl fmt::Display for Status {
             f,
             "answers:   {allow} allowed, {deny} denied, {would_deny} would be denied; {events_lost} reports lost"
         )?;
+        if let Some(kubernetes::Report { server, node, pods, resources, .. }) = &self.kubernetes {
+            writeln!(f, "cluster:   {server}, node {node}, {pods} pods")?;
+            for resource in resources {
+                let state = match (resource.installed, resource.synced) {
+                    (false, _) => "not installed".to_owned(),
+                    (true, false) => "not listed yet".to_owned(),
+                    (true, true) => format!("{} objects", resource.objects),
+                };
+                writeln!(f, "           {}: {state}", resource.resource)?;
+            }
+        }
         for Wildcard { host, document } in &self.names.wildcards {
             writeln!(f, "wildcard:  {host} of {document} cannot be resolved and opens nothing")?;
         }

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     cgroup,
-    policy::{EgressPolicy, LabelOperator, LabelRequirement, PodSelector, PolicySet, Selector, User},
+    compile::NodeAction,
+    policy::{EgressPolicy, LabelOperator, LabelRequirement, PodSelector, PolicySet, Reach, Selector, User},
 };
 
 /// What is known of a workload. A selector of a kind that is not known here does not match.
@@ -29,6 +30,8 @@ pub struct Pod {
     pub labels: BTreeMap<String, String>,
     /// The labels of its namespace.
     pub namespace_labels: BTreeMap<String, String>,
+    /// What holds of it where no enforcing policy selects it; `--default` where that is not said.
+    pub default: Option<NodeAction>,
 }
 
 /// A user of the initial user namespace: number, name, or both.
@@ -47,6 +50,7 @@ pub struct ScopeKey {
     selecting: Vec<usize>,
     /// The namespace that visibility is judged by, for pods.
     namespace: Option<String>,
+    default: Option<NodeAction>,
 }
 
 impl ScopeKey {
@@ -54,16 +58,22 @@ impl ScopeKey {
     pub fn new(policies: &PolicySet, workload: &Workload) -> Self {
         let policies = policies.egress_policies.iter().enumerate();
         let selecting = policies.filter(|(_, policy)| selects(policy, workload)).map(|(index, _)| index).collect();
-        Self { selecting, namespace: workload.pod.as_ref().map(|pod| pod.namespace.clone()) }
+        let pod = workload.pod.as_ref();
+        Self { selecting, namespace: pod.map(|pod| pod.namespace.clone()), default: pod.and_then(|pod| pod.default) }
     }
 }
 
-/// Whether a policy selects a workload: any of its selectors does, or it has none.
+/// Whether a policy selects a workload: any of its selectors does, or it has none. Whom it does not reach it never selects.
 pub fn selects(policy: &EgressPolicy, workload: &Workload) -> bool {
-    match &policy.workloads {
-        None => true,
-        Some(selectors) => selectors.iter().any(|selector| matches(selector, workload)),
-    }
+    let is_reached = match policy.reach {
+        Reach::Anything => true,
+        Reach::Namespace => workload.pod.as_ref().is_some_and(|pod| *pod.namespace == *policy.object.namespace),
+    };
+    is_reached
+        && match &policy.workloads {
+            None => true,
+            Some(selectors) => selectors.iter().any(|selector| matches(selector, workload)),
+        }
 }
 
 fn matches(selector: &Selector, workload: &Workload) -> bool {
@@ -90,6 +100,9 @@ fn is_slice(name: &str) -> bool {
 /// Whether some cgroup below `path` is selected by a policy that does not select `path` itself.
 pub fn selects_only_below(policy: &EgressPolicy, path: &str) -> bool {
     let Some(selectors) = &policy.workloads else { return false };
+    if policy.reach == Reach::Namespace {
+        return false;
+    }
     let workload = Workload {
         cgroup: Some(path.to_owned()),
         unit: cgroup::unit(path.as_ref()).map(str::to_owned),

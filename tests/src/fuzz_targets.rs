@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use egress_agent::{
-    compile::{Context, Names, NodeAction, NodeDefault, compile},
+    compile::{Context, Names, NodeAction, NodeDefault, PodContext, compile},
     policy::{
         PolicySet,
         decode::MAX_FINDINGS,
@@ -44,7 +44,12 @@ pub fn read_policy(bytes: &[u8]) {
         prints_safely(&loaded, finding);
     }
     let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: true };
-    let context = Context { node_default, system_resolvers: vec![[10, 1, 2, 3].into()], names: Names::default() };
+    let context = Context {
+        node_default,
+        system_resolvers: vec![[10, 1, 2, 3].into()],
+        names: Names::default(),
+        pods: PodContext::default(),
+    };
     agree(&loaded.policies, &Workload::default(), &context, ABOUT_TEXT);
 }
 

@@ -5,7 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use egress_agent::{
-    compile::Names,
+    compile::{Names, NodeAction},
     policy::{EgressPolicy, EndpointAddress, L4, Peer, PolicySet, Rule, ServiceEntry},
     prefix::canonical,
     workload::{Pod, UserIdentity, Workload},
@@ -312,10 +312,12 @@ pub fn documents(with_selectors: bool) -> impl Strategy<Value = Vec<Value>> {
 
 /// A workload that some selectors match.
 pub fn workload() -> impl Strategy<Value = Workload> {
-    let pod = (select(NAMESPACES), select(&["web", "db"][..])).prop_map(|(namespace, app)| Pod {
+    let default = select(&[None, Some(NodeAction::Deny), Some(NodeAction::Allow), Some(NodeAction::Audit)][..]);
+    let pod = (select(NAMESPACES), select(&["web", "db"][..]), default).prop_map(|(namespace, app, default)| Pod {
         namespace: namespace.to_owned(),
         labels: [("app".to_owned(), app.to_owned())].into(),
         namespace_labels: std::collections::BTreeMap::new(),
+        default,
     });
     let cgroup = select(&["a/b/c", "b/x.service"][..]).prop_map(str::to_owned);
     let user = select(&[(33, "www-data"), (0, "root")][..])

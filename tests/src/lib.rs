@@ -13,6 +13,7 @@ pub mod cgroup;
 pub mod dial;
 pub mod dnsmasq;
 pub mod escape;
+pub mod fake_kube;
 pub mod foreign;
 pub mod fuzz_targets;
 pub mod generate;

@@ -9,7 +9,7 @@ use egress_agent::{
     compile::{Context, Names, NodeAction},
     policy::{
         DefaultAction, DnsServers, EgressPolicy, EndpointAddress, ExportTo, HostPattern, L4, Mode, NamespaceRef,
-        ObjectName, Peer, PolicySet, Resolution, Rule, RuleName, ServiceEntry, Toggle,
+        ObjectName, Peer, PolicySet, Reach, Resolution, Rule, RuleName, ServiceEntry, Toggle,
     },
     ruleset::Ruleset,
     workload::{Workload, selects},
@@ -74,9 +74,10 @@ pub fn judge(policies: &PolicySet, workload: &Workload, context: &Context, asked
     let selecting: Vec<&EgressPolicy> = policies.egress_policies.iter().filter(|p| selects(p, workload)).collect();
     let enforcing: Vec<&EgressPolicy> = selecting.iter().copied().filter(|p| p.mode == Mode::Enforce).collect();
     let world = World { policies, workload, context };
+    let default = workload.pod.as_ref().and_then(|pod| pod.default).unwrap_or(context.node_default.action);
     let (allowed, why) = if !enforcing.is_empty() {
         world.said_by(&enforcing, asked)
-    } else if context.node_default.action == NodeAction::Deny {
+    } else if default == NodeAction::Deny {
         world.registry_only(asked)
     } else {
         (true, Why::NoRule)
@@ -86,7 +87,7 @@ pub fn judge(policies: &PolicySet, workload: &Workload, context: &Context, asked
     }
     let audited = if selecting.iter().any(|policy| policy.mode == Mode::Audit) {
         world.said_by(&selecting, asked)
-    } else if enforcing.is_empty() && context.node_default.action == NodeAction::Audit {
+    } else if enforcing.is_empty() && default == NodeAction::Audit {
         world.registry_only(asked)
     } else {
         (true, Why::NoRule)
@@ -136,13 +137,17 @@ impl World<'_> {
         }
         let default = self.context.node_default;
         found.extend(default.loopback.then(|| loopback(asked)).flatten());
-        found.extend(default.dns.then(|| dns(&self.context.system_resolvers, asked)).flatten());
+        found.extend(default.dns.then(|| dns(self.resolvers(), asked)).flatten());
+        found.extend(self.internal(asked));
         first(found, false)
     }
 
     /// Whether the host has a policy that is more than a trial.
     fn anybody_enforces(&self) -> bool {
-        self.policies.egress_policies.iter().any(|policy| policy.mode == Mode::Enforce)
+        self.policies
+            .egress_policies
+            .iter()
+            .any(|policy| policy.mode == Mode::Enforce && policy.reach == Reach::Anything)
     }
 
     fn said_by(&self, speaking: &[&EgressPolicy], asked: Question) -> (bool, Why) {
@@ -177,17 +182,32 @@ impl World<'_> {
             found.extend(loopback(asked));
         }
         found.extend(self.dns_of(speaking, asked));
+        found.extend(self.internal(asked));
         let defaults: Vec<DefaultAction> = speaking.iter().filter_map(|policy| policy.default_action).collect();
         first(found, !defaults.is_empty() && !defaults.contains(&DefaultAction::Deny))
+    }
+
+    fn resolvers(&self) -> &[IpAddr] {
+        match &self.workload.pod {
+            Some(_) if !self.context.pods.resolvers.is_empty() => &self.context.pods.resolvers,
+            _ => &self.context.system_resolvers,
+        }
+    }
+
+    /// The networks of the cluster, for pods.
+    fn internal(&self, asked: Question) -> Option<Found> {
+        let is_internal = self.context.pods.internal.iter().any(|net| holds(*net, asked.address));
+        (self.workload.pod.is_some() && is_internal)
+            .then(|| (true, Some("internal".to_owned()), None, 0, "internal".to_owned()))
     }
 
     fn dns_of(&self, speaking: &[&EgressPolicy], asked: Question) -> Option<Found> {
         let said: Vec<&DnsServers> = speaking.iter().filter_map(|policy| policy.dns_servers.as_ref()).collect();
         if said.is_empty() {
-            return dns(&self.context.system_resolvers, asked);
+            return dns(self.resolvers(), asked);
         }
         said.into_iter().find_map(|servers| match servers {
-            DnsServers::System => dns(&self.context.system_resolvers, asked),
+            DnsServers::System => dns(self.resolvers(), asked),
             DnsServers::None => None,
             DnsServers::List(list) => dns(list, asked),
         })

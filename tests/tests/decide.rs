@@ -2,10 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 
-use std::net::IpAddr;
-
 use egress_agent::{
-    compile::{Context, NodeAction, NodeDefault, compile},
+    compile::{Context, NodeAction, NodeDefault, PodContext, compile},
     explain::{Destination, Explainer},
     policy::{PolicySet, load::load_text},
     workload::Workload,
@@ -19,11 +17,18 @@ use proptest::{collection::vec, prelude::*, sample::select};
 fn context() -> impl Strategy<Value = Context> {
     let action = select(&[NodeAction::Deny, NodeAction::Allow, NodeAction::Audit][..]);
     let servers = vec(select(&["10.1.2.3", "2001:db8::1", "::ffff:192.0.2.1", "127.0.0.53"][..]), 0..3);
-    (action, any::<bool>(), any::<bool>(), servers, generate::names()).prop_map(
-        |(action, loopback, dns, servers, names)| Context {
-            node_default: NodeDefault { action, loopback, dns },
-            system_resolvers: servers.into_iter().map(|text| text.parse::<IpAddr>().unwrap()).collect(),
-            names,
+    let of_pods = vec(select(&["10.96.0.10", "10.1.2.3"][..]), 0..2);
+    let internal = vec(select(&["10.0.0.0/9", "192.0.2.0/25", "2001:db8::/33"][..]), 0..3);
+    (action, any::<bool>(), any::<bool>(), servers, generate::names(), of_pods, internal).prop_map(
+        |(action, loopback, dns, servers, names, of_pods, internal)| {
+            let addresses = |texts: Vec<&str>| texts.into_iter().map(|text| text.parse().unwrap()).collect();
+            let internal = internal.into_iter().map(|text| text.parse().unwrap()).collect();
+            Context {
+                node_default: NodeDefault { action, loopback, dns },
+                system_resolvers: addresses(servers),
+                names,
+                pods: PodContext { resolvers: addresses(of_pods), internal },
+            }
         },
     )
 }

@@ -20,8 +20,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use crate::{
     policy::{
         DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, HostPattern, L4, Mode,
-        NamespaceRef, ObjectName, Peer, PolicySet, PortRange, RefuseWith, Resolution, Rule, RuleName, ServiceEntry,
-        ServicePort, ServiceRef, SocketProtocol, Toggle,
+        NamespaceRef, ObjectName, Peer, PolicySet, PortRange, Reach, RefuseWith, Resolution, Rule, RuleName,
+        ServiceEntry, ServicePort, ServiceRef, SocketProtocol, Toggle,
     },
     workload::{Workload, selects},
 };
@@ -55,7 +55,7 @@ pub fn combine(policies: &PolicySet, workload: &Workload, context: &Context, mod
         policies.egress_policies.iter().filter(|policy| selects(policy, workload)).collect();
     let enforcing: Vec<&EgressPolicy> =
         selecting.iter().copied().filter(|policy| policy.mode == Mode::Enforce).collect();
-    let default = context.node_default.action;
+    let default = workload.pod.as_ref().and_then(|pod| pod.default).unwrap_or(context.node_default.action);
     match mode {
         Mode::Enforce if !enforcing.is_empty() => Some(united(policies, workload, context, &enforcing)),
         Mode::Enforce => Some(match default {
@@ -72,7 +72,7 @@ pub fn combine(policies: &PolicySet, workload: &Workload, context: &Context, mod
 /// `builtin/default` of `--default Deny`: every visible `ServiceEntry`, loopback and the resolvers. On a host where no policy
 /// enforces, every entry is visible: a policy that only audits changes nothing.
 fn registry_only(policies: &PolicySet, workload: &Workload, context: &Context) -> Combined {
-    let enforces = |policy: &EgressPolicy| policy.mode == Mode::Enforce;
+    let enforces = |policy: &EgressPolicy| policy.mode == Mode::Enforce && policy.reach == Reach::Anything;
     let host = workload.pod.is_none() && !policies.egress_policies.iter().any(enforces);
     let namespace = workload.pod.as_ref().map_or("default", |pod| &pod.namespace);
     let visible = |entry: &&ServiceEntry| host || is_visible(entry, namespace);
@@ -83,7 +83,8 @@ fn registry_only(policies: &PolicySet, workload: &Workload, context: &Context) -
         .flat_map(|entry| service_statements(entry, &context.names))
         .collect();
     statements.extend(context.node_default.loopback.then(loopback));
-    statements.extend(context.node_default.dns.then(|| dns(&context.system_resolvers)));
+    statements.extend(context.node_default.dns.then(|| dns(system_resolvers(workload, context))));
+    statements.extend(internal(workload, context));
     let default = Action::Deny;
     Combined { statements: ordered(statements), default, settings: Settings::new(default), policies: Vec::new() }
 }
@@ -99,8 +100,9 @@ fn united(policies: &PolicySet, workload: &Workload, context: &Context, speaking
         statements.extend(policy_statements(policy, &context.names));
     }
     statements.extend(allows_loopback(speaking).then(loopback));
-    let servers = dns_servers(speaking, &context.system_resolvers);
+    let servers = dns_servers(speaking, system_resolvers(workload, context));
     statements.extend((!servers.is_empty()).then(|| dns(&servers)));
+    statements.extend(internal(workload, context));
     let default = default_action(speaking);
     Combined {
         statements: ordered(statements),
@@ -365,6 +367,21 @@ fn loopback() -> Statement {
         IpAddr::V6(Ipv6Addr::UNSPECIFIED).into(),
     ];
     builtin("loopback", Part { blocks, ports: ports(None) })
+}
+
+/// `dns: { servers: System }`. Where a pod's own `resolv.conf` points is for the pod to say, and so never asked.
+fn system_resolvers<'a>(workload: &Workload, context: &'a Context) -> &'a [IpAddr] {
+    let of_pods = &context.pods.resolvers;
+    if workload.pod.is_some() && !of_pods.is_empty() { of_pods } else { &context.system_resolvers }
+}
+
+/// `--internal-cidrs`.
+fn internal(workload: &Workload, context: &Context) -> Option<Statement> {
+    let networks = &context.pods.internal;
+    (workload.pod.is_some() && !networks.is_empty()).then(|| {
+        let blocks = networks.iter().map(|&network| network.into()).collect();
+        builtin("internal", Part { blocks, ports: ports(None) })
+    })
 }
 
 /// `dns.servers`: port 53 of UDP and TCP.

@@ -151,6 +151,7 @@ impl Who {
             namespace: namespace.clone(),
             labels: self.labels.clone(),
             namespace_labels: BTreeMap::new(),
+            default: None,
         };
         Workload {
             unit: self.unit.clone().or_else(unit),
@@ -333,7 +334,7 @@ fn line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::{
-        compile::{NodeAction, NodeDefault},
+        compile::{NodeAction, NodeDefault, PodContext},
         policy::load::load_text,
     };
 
@@ -341,7 +342,7 @@ mod tests {
         let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: true };
         let addresses = ["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(|address| address.parse().unwrap());
         let names = Names(BTreeMap::from([("db.example.com".to_owned(), addresses.into())]));
-        Context { node_default, system_resolvers: Vec::new(), names }
+        Context { node_default, system_resolvers: Vec::new(), names, pods: PodContext::default() }
     }
 
     fn entry(addresses: &str) -> String {

@@ -196,6 +196,9 @@ codes! {
     SnakeCase = "W0002", "a field in the spelling of protocol buffers";
     /// Istio and Kubernetes read `field:` without a value as if it were absent.
     NullIsAbsent = "W0003", "a field without a value";
+    /// A field of an object of the Kubernetes API that this version does not know. The definition in the cluster may be newer
+    /// than the agent. In files, this is an error.
+    IgnoredField = "W0004", "an unknown field is ignored";
 
     /// Istio warns of a host such as `*bar.com`: only `*.bar.com` is a wildcard everywhere.
     PartialWildcard = "W0101", "a wildcard that is part of a label";

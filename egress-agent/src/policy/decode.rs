@@ -61,6 +61,7 @@ impl<'n> Fields<'n> {
 #[derive(Debug)]
 pub struct Decoder<'f> {
     file: &'f Arc<Path>,
+    unknown_field: Code,
     findings: Vec<Finding>,
     errors: usize,
 }
@@ -68,7 +69,12 @@ pub struct Decoder<'f> {
 impl<'f> Decoder<'f> {
     /// For the documents of a file.
     pub const fn new(file: &'f Arc<Path>) -> Self {
-        Self { file, findings: Vec::new(), errors: 0 }
+        Self { file, unknown_field: Code::UnknownField, findings: Vec::new(), errors: 0 }
+    }
+
+    /// For an object of the Kubernetes API, whose unknown fields are ignored.
+    pub fn of_object(nowhere: &'f Arc<Path>) -> Self {
+        Self { unknown_field: Code::IgnoredField, ..Self::new(nowhere) }
     }
 
     /// What was found, by position.
@@ -80,6 +86,11 @@ impl<'f> Decoder<'f> {
     /// How many errors there have been.
     pub const fn errors(&self) -> usize {
         self.errors
+    }
+
+    /// The file.
+    pub const fn file(&self) -> &'f Arc<Path> {
+        self.file
     }
 
     /// A place in the file.
@@ -165,7 +176,7 @@ impl<'f> Decoder<'f> {
             Some(name) => format!("did you mean `{name}`?"),
             None => format!("the fields here are {}", list(&names).replacen(" or ", " and ", 1)),
         };
-        self.say(Code::UnknownField, entry.key_span, &path, message, help);
+        self.say(self.unknown_field, entry.key_span, &path, message, help);
         None
     }
 

@@ -87,6 +87,11 @@ impl Finding {
         Self::at(code, file, Span { line: 0, column: 0, length: 0 }, message)
     }
 
+    /// A finding about an object of the Kubernetes API as a whole.
+    pub fn about_object(code: Code, message: impl Into<String>) -> Self {
+        Self::about_file(code, &Position::nowhere().file, message)
+    }
+
     /// With the field.
     #[must_use]
     pub fn with_path(self, path: impl Into<String>) -> Self {

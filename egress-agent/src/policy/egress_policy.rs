@@ -4,7 +4,7 @@
 //! could mean everything or nothing is refused.
 
 use super::{
-    DnsQueries, DnsServers, EgressPolicy, Kind, Mode, NamespaceRef, ServiceRef, SocketProtocol,
+    DnsQueries, DnsServers, EgressPolicy, Kind, Mode, NamespaceRef, Reach, ServiceRef, SocketProtocol,
     address::address,
     code::Code,
     decode::{Decoder, Dialect, Fields},
@@ -52,6 +52,7 @@ pub fn decode(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) 
         existing: reader.word("existing", &EXISTING),
         refuse_with: reader.word("refuseWith", &REFUSALS),
         at: reader.decoder.position(node.span),
+        reach: Reach::Anything,
         object: metadata?.object,
     };
     (decoder.errors() == errors).then_some(policy)

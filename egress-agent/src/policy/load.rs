@@ -177,6 +177,13 @@ pub fn load_text(file_name: impl AsRef<Path>, text: &str) -> Loaded {
     loader.finish()
 }
 
+/// Reads one object of the Kubernetes API. It stands in no file, and unknown fields are ignored.
+pub fn read_object(text: &str) -> Loaded {
+    let (mut loader, nowhere) = (Loader::default(), Position::nowhere().file);
+    loader.read_documents(Decoder::of_object(&nowhere), text);
+    loader.finish()
+}
+
 /// Reads one file, of which holds what holds of policies that are followed: nobody but root can change it, and nobody does.
 pub fn read_trusted(path: &Path) -> Result<Vec<u8>, LoadError> {
     let options = LoadOptions { require_root_owned: true, follow: true };
@@ -220,21 +227,24 @@ impl Loader {
                 return self.findings.push(finding);
             }
         };
-        let mut decoder = Decoder::new(file);
+        let before = self.findings.len();
+        self.read_documents(Decoder::new(file), text);
+        if self.findings.len() > before {
+            self.sources.insert(Arc::clone(file), text.into());
+        }
+    }
+
+    fn read_documents(&mut self, mut decoder: Decoder<'_>, text: &str) {
         for document in documents(text) {
             self.documents += usize::from(document.root.is_some() || !document.problems.is_empty());
             for Problem { code, span, message, help } in document.problems {
-                decoder.push(Finding { help, ..Finding::at(code, file, span, message) });
+                decoder.push(Finding { help, ..Finding::at(code, decoder.file(), span, message) });
             }
             if let Some(root) = document.root {
                 self.object(&mut decoder, &root, &FieldPath::Root);
             }
         }
-        let findings = decoder.into_findings();
-        if !findings.is_empty() {
-            self.sources.insert(Arc::clone(file), text.into());
-        }
-        self.findings.extend(findings);
+        self.findings.extend(decoder.into_findings());
     }
 
     fn object(&mut self, decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) {

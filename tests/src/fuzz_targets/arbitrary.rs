@@ -10,11 +10,11 @@ use std::{
 
 use arbitrary::{Result, Unstructured};
 use egress_agent::{
-    compile::{Context, Names, NodeAction, NodeDefault},
+    compile::{Context, Names, NodeAction, NodeDefault, PodContext},
     policy::{
         DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, HostPattern, Kind, L4, Location,
-        Mode, NamespaceRef, ObjectName, Peer, PodSelector, PolicySet, PortRange, Position, Resolution, Rule, Selector,
-        ServiceEntry, ServicePort, ServiceRef, Toggle, User,
+        Mode, NamespaceRef, ObjectName, Peer, PodSelector, PolicySet, PortRange, Position, Reach, Resolution, Rule,
+        Selector, ServiceEntry, ServicePort, ServiceRef, Toggle, User,
     },
     prefix::canonical,
     workload::{Pod, UserIdentity, Workload},
@@ -62,7 +62,7 @@ type Bytes<'b, 'a> = &'b mut Unstructured<'a>;
 fn world(u: Bytes) -> Result<World> {
     let actions = [NodeAction::Deny, NodeAction::Allow, NodeAction::Audit];
     let node_default = NodeDefault { action: *u.choose(&actions)?, loopback: u.arbitrary()?, dns: u.arbitrary()? };
-    let context = Context { node_default, system_resolvers: some(u, 2, address)?, names: names(u)? };
+    let context = Context { node_default, system_resolvers: some(u, 2, address)?, names: names(u)?, pods: pods(u)? };
     let namespace = |u: Bytes| Ok((*u.choose(&NAMESPACES)?).to_owned());
     let pod = maybe(u, |u| Ok(Pod { namespace: namespace(u)?, ..Pod::default() }))?;
     let workload = Workload { pod, user: Some(UserIdentity { uid: Some(UID), name: None }), ..Workload::default() };
@@ -73,6 +73,10 @@ fn world(u: Bytes) -> Result<World> {
     policies.service_entries.sort_by(|a, b| a.object.cmp(&b.object));
     policies.service_entries.dedup_by(|a, b| a.object == b.object);
     Ok(World { policies, workload, context })
+}
+
+fn pods(u: Bytes) -> Result<PodContext> {
+    Ok(PodContext { resolvers: some(u, 2, address)?, internal: some(u, 2, prefix)? })
 }
 
 fn names(u: Bytes) -> Result<Names> {
@@ -212,6 +216,7 @@ fn egress_policy(u: Bytes) -> Result<EgressPolicy> {
     Ok(EgressPolicy {
         object: object(u, Kind::EgressPolicy)?,
         at: somewhere(),
+        reach: pick(u, &[Reach::Anything, Reach::Namespace])?,
         workloads: maybe(u, |u| some(u, 2, selector))?,
         mode: pick(u, &[Mode::Enforce, Mode::Audit])?,
         services: maybe(u, |u| some(u, 2, service_ref))?,

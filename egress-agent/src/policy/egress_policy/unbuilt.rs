@@ -13,29 +13,30 @@ struct Field {
 }
 
 /// Shrinks with every field that is built.
-const FIELDS: &[Field] = &[
-    Field {
-        path: "spec.workloads",
-        what: "selecting by `pod`",
-        is_used: |p| selects(p, |s| matches!(s, Selector::Pod(_))),
-    },
-    Field { path: "spec.dns.queries", what: "`Named`", is_used: |p| p.dns_queries == Some(DnsQueries::Named) },
-];
+const FIELDS: &[Field] =
+    &[Field { path: "spec.dns.queries", what: "`Named`", is_used: |p| p.dns_queries == Some(DnsQueries::Named) }];
 
 fn selects(policy: &EgressPolicy, kind: impl Fn(&Selector) -> bool) -> bool {
     policy.workloads.iter().flatten().any(kind)
 }
 
 /// What a policy depends on and this version does not carry out, as errors for whoever enforces it.
-pub fn unsupported(policy: &EgressPolicy) -> Vec<Finding> {
+/// `knows_pods` tells whether there is somebody who knows the pods.
+pub fn unsupported(policy: &EgressPolicy, knows_pods: bool) -> Vec<Finding> {
     let at = Span { line: policy.at.line, column: policy.at.column, length: 0 };
     let used = FIELDS.iter().filter(|field| (field.is_used)(policy));
-    used.map(|Field { path, what, .. }| {
+    let pods = (!knows_pods && selects(policy, |selector| matches!(selector, Selector::Pod(_)))).then(|| {
+        let message = format!("{} selects pods, and nobody tells who they are", policy.object);
+        Finding::at(Code::NotBuilt, &policy.at.file, at, message)
+            .with_path("spec.workloads")
+            .with_help("run the agent with `--kubernetes`, or select by `cgroup`, `unit` or `user`")
+    });
+    let unbuilt = used.map(|Field { path, what, .. }| {
         let message =
             format!("{} depends on {what} (`{path}`), which this version does not carry out yet", policy.object);
         Finding::at(Code::NotBuilt, &policy.at.file, at, message)
             .with_path(*path)
             .with_help("delete it, or enforce the policy with a version that does")
-    })
-    .collect()
+    });
+    unbuilt.chain(pods).collect()
 }
