@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{PATIENCE, bpffs::Bpffs, cgroup::Cgroup, eventually};
+use crate::{PATIENCE, bpffs::Bpffs, cgroup::Cgroup, container::Container, eventually};
 
 /// The agent that `cargo xtask` built.
 pub fn binary() -> Result<PathBuf> {
@@ -43,6 +43,8 @@ pub struct Agent {
     denials: Receiver<String>,
     /// What it pins and where it listens is its own, and goes with it, unless the command says otherwise.
     _place: Option<Place>,
+    /// Where it runs, if that is a container; the child is then its runc.
+    container: Option<Container>,
 }
 
 /// A place for pins and for the control socket.
@@ -140,12 +142,25 @@ impl Agent {
         Self::launch(command, None)
     }
 
+    /// Starts one in a container, which goes with it, and waits until its policy is in force.
+    pub fn contained(container: Container) -> Result<Self> {
+        let mut agent = Self::launch(container.command()?, None)?;
+        agent.container = Some(container);
+        agent.wait_for("policy applied generation=1 ")?;
+        Ok(agent)
+    }
+
+    /// Its container.
+    pub fn container(&self) -> Result<&Container> {
+        self.container.as_ref().context("the agent runs in no container")
+    }
+
     fn launch(mut command: Command, place: Option<Place>) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot run {}", command.get_program().display()))?;
         let log = lines(child.stderr.take().context("stderr is piped")?);
         let denials = lines(child.stdout.take().context("stdout is piped")?);
-        Ok(Self { child, log, seen: Vec::new(), denials, _place: place })
+        Ok(Self { child, log, seen: Vec::new(), denials, _place: place, container: None })
     }
 
     /// The agent's process id.

@@ -5,7 +5,7 @@ use std::{
     fmt,
     io::{self, BufRead, BufReader, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
-    process::{Child, ChildStdin, ChildStdout, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     str::FromStr,
     time::{Duration, Instant},
 };
@@ -183,7 +183,11 @@ pub struct Dialer {
 impl Dialer {
     /// Starts one. `program` is the `dial` binary.
     pub fn start(program: impl AsRef<OsStr>, cgroup: &Cgroup, namespace: &Netns) -> Result<Self> {
-        let mut command = namespace.command(program, Some(cgroup))?;
+        Self::spawn(namespace.command(program, Some(cgroup))?)
+    }
+
+    /// Starts a command that runs `dial`.
+    pub fn spawn(mut command: Command) -> Result<Self> {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("cannot run dial")?;
         let calls = child.stdin.take().context("stdin is piped")?;
         let answers = BufReader::new(child.stdout.take().context("stdout is piped")?);

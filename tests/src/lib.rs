@@ -10,6 +10,7 @@ pub mod actor;
 pub mod agent;
 pub mod bpffs;
 pub mod cgroup;
+pub mod container;
 pub mod dial;
 pub mod dnsmasq;
 pub mod escape;

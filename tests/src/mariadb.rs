@@ -102,12 +102,16 @@ pub enum Answer {
 
 /// Asks a server for the ratings, from a cgroup and a namespace.
 pub fn query(cgroup: &Cgroup, namespace: &Netns, address: &str) -> Result<Answer> {
-    let output = client(namespace.command(companion("mariadb/bin/mariadb")?, Some(cgroup))?, address).output()?;
-    Ok(if output.status.success() {
+    Ok(answer(&client(namespace.command(companion("mariadb/bin/mariadb")?, Some(cgroup))?, address).output()?))
+}
+
+/// What a client that has ended got.
+pub fn answer(output: &Output) -> Answer {
+    if output.status.success() {
         Answer::Ratings(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     } else {
-        Answer::Error(text(&output))
-    })
+        Answer::Error(text(output))
+    }
 }
 
 /// Has a client, given by its program, ask a server for the ratings.

@@ -59,7 +59,8 @@ impl Netns {
         }
     }
 
-    fn path(&self) -> PathBuf {
+    /// The file that stands for it.
+    pub fn path(&self) -> PathBuf {
         PathBuf::from("/run/netns").join(&self.name)
     }
 

@@ -36,19 +36,25 @@ pub struct Scenario {
     policies: TempDir,
     /// The client's cgroup.
     pub cgroup: Cgroup,
-    workload: Netns,
+    /// The client's network.
+    pub workload: Netns,
     _outside: Netns,
 }
 
 impl Scenario {
     /// Sets all of it up, with an empty policy directory.
     pub fn start() -> Result<Self> {
+        Self::start_with(|policies, cgroup| Agent::start(policies, cgroup, &[]))
+    }
+
+    /// The same, with an agent that is started otherwise, for a policy directory and a cgroup.
+    pub fn start_with(start: impl FnOnce(&Path, &Cgroup) -> Result<Agent>) -> Result<Self> {
         let (workload, outside) = (Netns::new()?, Netns::new()?);
         connect((&workload, "workload", "203.0.113.1/24"), (&outside, "outside", "203.0.113.10/24"))?;
         let server = Server::start(&outside, SERVER)?;
         let cgroup = Cgroup::new()?;
         let policies = tempfile::Builder::new().prefix("egress-policies-").tempdir()?;
-        let agent = Agent::start(policies.path(), &cgroup, &[])?;
+        let agent = start(policies.path(), &cgroup)?;
         Ok(Self { agent, _server: server, policies, cgroup, workload, _outside: outside })
     }
 
@@ -59,7 +65,12 @@ impl Scenario {
 
     /// The client asks and must be refused; what it said, and the denial.
     pub fn ask_in_vain(&mut self) -> Result<(String, Value)> {
-        match self.ask()? {
+        self.refused(self.ask()?)
+    }
+
+    /// The same of a client that has asked already.
+    pub fn refused(&mut self, answer: Answer) -> Result<(String, Value)> {
+        match answer {
             Answer::Error(said) => Ok((said, self.agent.denial().context("refused, but not by the filter")?)),
             Answer::Ratings(ratings) => bail!("the client was let through and got {ratings}"),
         }

@@ -1,5 +1,5 @@
 //! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, a DNS server, and what the
-//! system may lack of iproute2, curl and Python.
+//! system may lack of iproute2, curl and Python; and runc.
 //!
 //! Each is unpacked below `target/companions` and called through a script that knows where its libraries are. Starting and stopping them is
 //! up to the tests.
@@ -72,6 +72,9 @@ const IPROUTE2: Companion = Companion {
     )],
 };
 
+/// Runs the containers in which the image is tested. Its library is one of apt's own.
+const RUNC: Companion = Companion { name: "runc", recipe: "runc 1", packages: &["runc"], scripts: &[] };
+
 struct Companion {
     name: &'static str,
     recipe: &'static str,
@@ -99,6 +102,14 @@ pub fn ensure(workspace: &Workspace) -> Result<Environment> {
     if !added.is_empty() {
         environment.push(("PATH", path_with(added)?));
     }
+    Ok(environment)
+}
+
+/// The same, and what runs containers.
+pub fn ensure_with_runc(workspace: &Workspace) -> Result<Environment> {
+    let environment = ensure(workspace)?;
+    let _lock = step::lock(workspace)?;
+    RUNC.ensure(workspace, &workspace.target("companions"))?;
     Ok(environment)
 }
 

@@ -13,14 +13,14 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{build, process, step, workspace::Workspace};
 
-mod binary;
+pub mod binary;
 mod package;
 mod sbom;
-mod tarball;
+pub mod tarball;
 
 /// What the packages are for. Static linking needs it to be named, and cargo then keeps build scripts apart.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 pub fn dist(workspace: &Workspace) -> Result<()> {
     ensure!(process::find("dpkg-deb").is_some(), "dpkg-deb is needed to check the Debian package");
@@ -68,7 +68,7 @@ impl Packing<'_> {
 }
 
 /// When the sources were last changed, in seconds: the only time that enters a package.
-fn epoch(workspace: &Workspace) -> Result<String> {
+pub fn epoch(workspace: &Workspace) -> Result<String> {
     if let Ok(given) = env::var("SOURCE_DATE_EPOCH") {
         ensure!(given.parse::<u32>().is_ok(), "SOURCE_DATE_EPOCH is {given:?}, and should be a number of seconds");
         return Ok(given);
@@ -113,7 +113,7 @@ fn stage(workspace: &Workspace, program: &Path) -> Result<()> {
 }
 
 /// A file, or a directory with all that is in it.
-fn copy(from: &Path, to: &Path) -> Result<()> {
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
     if from.is_dir() {
         let entries = fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))?;
         return entries.into_iter().try_for_each(|entry| {
@@ -126,12 +126,12 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
 }
 
-fn fresh(directory: &Path) -> Result<()> {
+pub fn fresh(directory: &Path) -> Result<()> {
     remove(directory)?;
     fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))
 }
 
-fn remove(directory: &Path) -> Result<()> {
+pub fn remove(directory: &Path) -> Result<()> {
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", directory.display()))

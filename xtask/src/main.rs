@@ -9,6 +9,7 @@ mod companions;
 mod debian;
 mod dist;
 mod docs;
+mod image;
 mod install;
 mod process;
 mod root;
@@ -68,6 +69,8 @@ enum Command {
     /// Build what is shipped to hosts, in target/dist: a tarball and a Debian package of the agent, linked statically, with
     /// lists of what is in it (SBOM) and checksums
     Dist,
+    /// Build the container image, in target/image, and run the test of it, in containers of runc
+    Image,
     /// All checks before a push: fmt, clippy, rustc warnings, docs, licences and sources, tests
     Ci,
 }
@@ -91,6 +94,7 @@ fn command(command: &Command) -> anyhow::Result<()> {
         Command::Docs => docs::docs(&workspace),
         Command::Vm(options) => vm::vm(&workspace, options),
         Command::Dist => dist::dist(&workspace),
+        Command::Image => image::image(&workspace),
         Command::Ci => ci::ci(&workspace),
     }
 }

@@ -32,6 +32,12 @@ pub fn test(workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
     tested.and(elsewhere)
 }
 
+/// The tests that cargo's arguments select, with those that follow for the test programs.
+pub fn some(workspace: &Workspace, environment: &Environment, selection: &[OsString], rest: &[OsString]) -> Result<()> {
+    compile(workspace, selection)?;
+    run(workspace, environment, selection, rest)
+}
+
 fn compile(workspace: &Workspace, selection: &[OsString]) -> Result<()> {
     let mut cargo = workspace.cargo();
     cargo.args(["test", "--no-run"]).args(packages(selection)).args(selection);

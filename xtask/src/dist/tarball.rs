@@ -4,7 +4,7 @@ use std::{path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 
-use super::VERSION;
+use super::{VERSION, names};
 use crate::process;
 
 /// The directory that everything in it lies in.
@@ -16,22 +16,36 @@ pub fn name() -> String {
     format!("{}.tar.gz", top())
 }
 
-/// Packs a tree by GNU tar, sorted, of root, everything readable by all and writable by nobody else, as old as `epoch` says.
+/// Packs a tree below a directory of this name, compressed.
 pub fn pack(tree: &Path, file: &Path, top: &str, epoch: &str) -> Result<()> {
     let parent = tree.parent().context("the tree lies in a directory")?;
     let own = tree.file_name().context("the tree has a name")?.to_string_lossy();
-    let mut tar = Command::new("tar");
-    tar.args(["--create", "--format=gnu", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"])
-        .args(["--mode=u=rwX,go=rX", "--use-compress-program=gzip --best --no-name"])
-        .arg(format!("--mtime=@{epoch}"))
+    let mut tar = tar(file, epoch);
+    tar.arg("--use-compress-program=gzip --best --no-name")
         .arg(format!("--transform=s,^{own},{top},"))
-        .arg("--file")
-        .arg(file)
         .arg("--directory")
         .arg(parent)
-        .arg(&*own)
-        .env("LC_ALL", "C");
+        .arg(&*own);
     process::run(&mut tar, "packing the tarball")
+}
+
+/// Packs what is in a tree, uncompressed.
+pub fn pack_contents(tree: &Path, file: &Path, epoch: &str) -> Result<()> {
+    let mut tar = tar(file, epoch);
+    tar.arg("--directory").arg(tree).args(names(tree)?);
+    process::run(&mut tar, "packing an archive")
+}
+
+/// GNU tar that packs sorted, of root, everything readable by all and writable by nobody else, as old as `epoch` says.
+fn tar(file: &Path, epoch: &str) -> Command {
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--format=gnu", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"])
+        .arg("--mode=u=rwX,go=rX")
+        .arg(format!("--mtime=@{epoch}"))
+        .arg("--file")
+        .arg(file)
+        .env("LC_ALL", "C");
+    tar
 }
 
 #[cfg(test)]
