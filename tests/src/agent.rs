@@ -144,9 +144,15 @@ impl Agent {
 
     /// Starts one in a container, which goes with it, and waits until its policy is in force.
     pub fn contained(container: Container) -> Result<Self> {
+        let mut agent = Self::spawn_contained(container)?;
+        agent.wait_for("policy applied generation=1 ")?;
+        Ok(agent)
+    }
+
+    /// Starts one in a container, which goes with it, and does not wait.
+    pub fn spawn_contained(container: Container) -> Result<Self> {
         let mut agent = Self::launch(container.command()?, None)?;
         agent.container = Some(container);
-        agent.wait_for("policy applied generation=1 ")?;
         Ok(agent)
     }
 

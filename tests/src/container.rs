@@ -37,10 +37,10 @@ pub struct Spec {
     pub seccomp: Option<Value>,
 }
 
-/// The system calls that containerd allows by default (the profile `RuntimeDefault` of Kubernetes) on this machine to a
+/// `deploy/container/seccomp.json`: the system calls that containerd allows by default (`RuntimeDefault` of Kubernetes) to a
 /// container that has `CAP_BPF`, `CAP_PERFMON` and `CAP_SYS_PTRACE`.
 pub fn runtime_default() -> Result<Value> {
-    Ok(serde_json::from_str(include_str!("container/runtime_default.json"))?)
+    Ok(serde_json::from_str(include_str!("../../deploy/container/seccomp.json"))?)
 }
 
 /// What is mounted in a container.
