@@ -132,8 +132,9 @@ fn names_are_looked_up_only_when_asked_for() {
 
 #[test]
 fn what_is_not_enforced_yet_is_warned_of() {
-    let directory =
-        policies(&[("a.yaml", &POLICY.replace("unit: nginx.service", "pod: { matchLabels: { app: web } }"))]);
+    let policy = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: a }\n\
+                  spec: { dns: { queries: Named }, allow: [{ to: [{ host: a.example.com }] }] }\n";
+    let directory = policies(&[("a.yaml", policy)]);
     let report = agent(&["check", path(&directory)], "").json();
     assert_eq!(
         (&report["findings"][0]["code"], &report["findings"][0]["severity"]),

@@ -104,7 +104,7 @@ fn several_paths_in_one_variable_are_separated_and_in_a_flag_they_are_one() {
     let with = |paths: &str, flags: &[&str]| settings.run(&[("EGRESS_POLICIES", paths)], flags);
     says(with(&format!("{policies}:/no/policies:"), &[]), 1, "cannot read /no/policies:");
     says(with(&format!(":{policies}"), &[]), 2, "there is no cgroup");
-    says(with(":", &[]), 1, "no policy file or directory was named");
+    says(with(":", &[]), 2, "--policies <PATH>");
     says(with("/none", &["--policies", "/no:policies"]), 1, "cannot read /no:policies");
 }
 
