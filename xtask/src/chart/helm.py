@@ -7,6 +7,7 @@
 Not an installer: nothing here reaches a cluster.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from kubernetes_validate import utils as schemas
 
 NAME = "egress-agent"
 NAMESPACE = "egress-system"
+# They are large, and each is asked many times.
+schemas.schema_contents = functools.cache(schemas.schema_contents)
 VERSIONS = sorted(set(schemas.all_versions()), key=schemas.Version)
 # The finding of `helm lint` that is meant: there is no picture to show.
 NO_ICON = "icon is recommended"
@@ -106,7 +109,9 @@ def keep(root, is_writing):
 
 def answer(chart, question):
     if "validate" in question:
-        return {"complaints": list(complaints(question["validate"], question.get("versions", VERSIONS)))}
+        return {"complaints": list(complaints(question["validate"], VERSIONS))}
+    if "defaults" in question:
+        return {"values": chart.loaded.values, "schema": chart.loaded.schema}
     try:
         text, notes = chart.render(question["values"], question.get("namespace", NAMESPACE))
         return {"objects": objects(text), "notes": notes}
