@@ -140,10 +140,10 @@ fn full(path: &str) -> String {
     if path.starts_with("--") {
         return format!("{container}/args/{path}");
     }
-    match path.split_once('/').unwrap() {
-        ("container", rest) => format!("{container}/{rest}"),
-        ("security", rest) => format!("{container}/securityContext/{rest}"),
-        ("pod", rest) => format!("{POD}/{rest}"),
+    match path.split_once('/') {
+        Some(("container", rest)) => format!("{container}/{rest}"),
+        Some(("security", rest)) => format!("{container}/securityContext/{rest}"),
+        Some(("pod", rest)) => format!("{POD}/{rest}"),
         _ => path.to_owned(),
     }
 }
@@ -162,32 +162,12 @@ const POLICY: &str = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nme
     - to: [{ cidr: 169.254.169.254/32 }]\n";
 
 fn rows() -> Vec<Row> {
-    let image = "container/image";
-    let add = "security/capabilities/add";
-    let affinity = json!({ "nodeAffinity": { "requiredDuringSchedulingIgnoredDuringExecution": { "nodeSelectorTerms": [
-        { "matchExpressions": [{ "key": "filter", "operator": "In", "values": ["yes"] }] },
-    ] } } });
-    let metadata = json!({
-        "name": "egress-agent-policies",
-        "namespace": "egress-system",
-        "labels": { "app.kubernetes.io/name": "egress-agent", "app.kubernetes.io/version": VERSION },
-    });
-    let volume = json!({
-        "name": "policies",
-        "projected": { "sources": [{ "configMap": { "name": "egress-agent-policies" } }] },
-    });
-    let mount = json!({ "name": "policies", "mountPath": "/etc/egress/policies", "readOnly": true });
+    let rows = [rows_of_arguments(), rows_of_files(), rows_of_the_image(), rows_of_the_pod()];
+    rows.into_iter().flatten().collect()
+}
+
+fn rows_of_arguments() -> Vec<Row> {
     vec![
-        row(
-            json!({ "image": { "repository": "example.com/agent" } }),
-            [(image, json!(format!("example.com/agent:{VERSION}")))],
-        ),
-        row(json!({ "image": { "tag": "2@sha256:ab" } }), [(image, json!("egress-agent:2@sha256:ab"))]),
-        row(json!({ "image": { "pullPolicy": "Always" } }), [("container/imagePullPolicy", json!("Always"))]),
-        row(
-            json!({ "imagePullSecrets": [{ "name": "a" }] }),
-            [("pod/imagePullSecrets", json!({ "a": { "name": "a" } }))],
-        ),
         row(json!({ "default": "Deny" }), [("--default", json!("Deny"))]),
         row(json!({ "default": "Allow" }), [("--default", json!("Allow"))]),
         row(json!({ "allNamespaces": true }), [("--all-namespaces", json!(true))]),
@@ -209,18 +189,56 @@ fn rows() -> Vec<Row> {
             json!({ "extraArgs": ["--name-grace=60", "--no-dns"] }),
             [("--name-grace", json!("60")), ("--no-dns", json!(true))],
         ),
+    ]
+}
+
+fn rows_of_files() -> Vec<Row> {
+    let metadata = json!({
+        "name": "egress-agent-policies",
+        "namespace": "egress-system",
+        "labels": { "app.kubernetes.io/name": "egress-agent", "app.kubernetes.io/version": VERSION },
+    });
+    let volume = json!({
+        "name": "policies",
+        "projected": { "sources": [{ "configMap": { "name": "egress-agent-policies" } }] },
+    });
+    let mount = json!({ "name": "policies", "mountPath": "/etc/egress/policies", "readOnly": true });
+    vec![row(
+        json!({ "policies": { "node.yaml": POLICY } }),
+        [
+            (
+                "ConfigMap",
+                json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": { "node.yaml": POLICY } }),
+            ),
+            ("pod/volumes/policies", volume),
+            ("container/volumeMounts/policies", mount),
+            ("--policies", json!("/etc/egress/policies")),
+        ],
+    )]
+}
+
+fn rows_of_the_image() -> Vec<Row> {
+    let image = "container/image";
+    vec![
         row(
-            json!({ "policies": { "node.yaml": POLICY } }),
-            [
-                (
-                    "ConfigMap",
-                    json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": { "node.yaml": POLICY } }),
-                ),
-                ("pod/volumes/policies", volume),
-                ("container/volumeMounts/policies", mount),
-                ("--policies", json!("/etc/egress/policies")),
-            ],
+            json!({ "image": { "repository": "example.com/agent" } }),
+            [(image, json!(format!("example.com/agent:{VERSION}")))],
         ),
+        row(json!({ "image": { "tag": "2@sha256:ab" } }), [(image, json!("egress-agent:2@sha256:ab"))]),
+        row(json!({ "image": { "pullPolicy": "Always" } }), [("container/imagePullPolicy", json!("Always"))]),
+        row(
+            json!({ "imagePullSecrets": [{ "name": "a" }] }),
+            [("pod/imagePullSecrets", json!({ "a": { "name": "a" } }))],
+        ),
+    ]
+}
+
+fn rows_of_the_pod() -> Vec<Row> {
+    let add = "security/capabilities/add";
+    let affinity = json!({ "nodeAffinity": { "requiredDuringSchedulingIgnoredDuringExecution": { "nodeSelectorTerms": [
+        { "matchExpressions": [{ "key": "filter", "operator": "In", "values": ["yes"] }] },
+    ] } } });
+    vec![
         row(json!({ "terminate": true }), [(add, json!(["BPF", "PERFMON", "NET_ADMIN", "SYS_PTRACE", "SYS_ADMIN"]))]),
         row(
             json!({ "lockedMemory": true }),
@@ -290,8 +308,7 @@ fn each_value_changes_its_places_and_no_other() {
     for Row { values, changes } in rows() {
         let mut expected = default.clone();
         for (path, value) in changes {
-            let path = if path == "ConfigMap" { path.to_owned() } else { full(path) };
-            set(&mut expected, &path, &value);
+            set(&mut expected, &full(path), &value);
         }
         let rendered = chart.render(&values);
         assert_ne!(rendered, default, "{values} changes nothing");
@@ -300,8 +317,8 @@ fn each_value_changes_its_places_and_no_other() {
         settings_of(&objects);
         let complaints = chart.complaints(&objects);
         if values.get("appArmorProfile").is_some() {
-            let known_since = ["1.25.0", "1.26.0", "1.27.0", "1.28.0", "1.29.0"];
-            let expected = known_since.map(|version| format!("Kubernetes {version}: DaemonSet/egress-agent: "));
+            let before = ["1.25.0", "1.26.0", "1.27.0", "1.28.0", "1.29.0"];
+            let expected = before.map(|version| format!("Kubernetes {version}: DaemonSet/egress-agent: "));
             assert_eq!(complaints.len(), expected.len(), "{complaints:#?}");
             assert!(complaints.iter().zip(expected).all(|(found, expected)| found.starts_with(&expected)));
         } else {
@@ -515,7 +532,7 @@ fn who_installs_is_told_how_to_look_and_how_to_leave() {
     assert!(notes(json!({ "detachOnExit": true })).contains("detachOnExit is set"));
 }
 
-/// As the kubelet writes a ConfigMap: files behind two links, in a directory of its own kind.
+/// As the kubelet writes a `ConfigMap`: files behind two links, in a directory of its own kind.
 fn volume(mode: u32) -> tempfile::TempDir {
     let volume = tempfile::tempdir().unwrap();
     let (data, name) = ("..2026_11_27_12_00_00.1", "node.yaml");

@@ -56,7 +56,7 @@ struct Python {
 impl Python {
     /// That on PATH; without one, Debian's.
     fn find(workspace: &Workspace) -> Result<Self> {
-        const ASK: &str = "import sys; assert sys.version_info >= (3, 10), 'it is older than 3.10'; \
+        const ASK: &str = "import sys; sys.version_info >= (3, 10) or sys.exit('3.10 or newer is needed'); \
              import ctypes, json, ssl, zipfile; print(sys.executable, '.'.join(map(str, sys.version_info[:3])))";
         let on_path = process::find("python3");
         let is_wrapped = on_path.is_none();
