@@ -1,5 +1,5 @@
 //! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, a DNS server, and what the
-//! system may lack of iproute2, curl and Python; and runc.
+//! system may lack of iproute2, curl and Python; runc; and pip, for the check of the chart.
 //!
 //! Each is unpacked below `target/companions` and called through a script that knows where its libraries are. Starting and stopping them is
 //! up to the tests.
@@ -7,6 +7,7 @@
 use std::{
     env,
     ffi::OsString,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -57,8 +58,8 @@ const CURL: Companion = Companion {
 
 const PYTHON: Companion = Companion {
     name: "python3",
-    recipe: "python3 1",
-    packages: &["python3-minimal"],
+    recipe: "python3 2",
+    packages: &["python3"],
     scripts: &[("scripts/python3", "PYTHONHOME=\"$root/usr\" exec \"$root/usr/bin/python3\" \"$@\"")],
 };
 
@@ -74,6 +75,9 @@ const IPROUTE2: Companion = Companion {
 
 /// Runs the containers in which the image is tested. Its library is one of apt's own.
 const RUNC: Companion = Companion { name: "runc", recipe: "runc 1", packages: &["runc"], scripts: &[] };
+
+/// Pip as one file, which is all that is needed to run it.
+const PIP: Companion = Companion { name: "pip", recipe: "pip 1", packages: &["python3-pip-whl"], scripts: &[] };
 
 struct Companion {
     name: &'static str,
@@ -111,6 +115,24 @@ pub fn ensure_with_runc(workspace: &Workspace) -> Result<Environment> {
     let _lock = step::lock(workspace)?;
     RUNC.ensure(workspace, &workspace.target("companions"))?;
     Ok(environment)
+}
+
+/// Python, for where there is none. The caller holds the lock.
+pub fn python(workspace: &Workspace) -> Result<PathBuf> {
+    let directory = workspace.target("companions");
+    PYTHON.ensure(workspace, &directory)?;
+    Ok(directory.join("python3/scripts/python3"))
+}
+
+/// The file that is pip, for a Python without it. The caller holds the lock.
+pub fn pip(workspace: &Workspace) -> Result<PathBuf> {
+    let directory = workspace.target("companions");
+    PIP.ensure(workspace, &directory)?;
+    let wheels = directory.join("pip/usr/share/python-wheels");
+    let files = fs::read_dir(&wheels).with_context(|| format!("cannot read {}", wheels.display()))?;
+    let mut files = files.filter_map(|file| Some(file.ok()?.path()));
+    let is_pip = |file: &PathBuf| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("pip-"));
+    files.find(is_pip).with_context(|| format!("{} has no pip", wheels.display()))
 }
 
 impl Companion {

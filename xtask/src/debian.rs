@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{process, workspace::Workspace};
 
@@ -160,8 +160,15 @@ impl Debian {
     }
 }
 
-/// The directories below `root` in which unpacked libraries lie.
+/// The directories below `root` in which unpacked libraries lie: at least one.
 pub fn library_directories(root: &Path) -> Result<Vec<PathBuf>> {
+    let found = libraries_below(root)?;
+    ensure!(!found.is_empty(), "{} has no libraries: remove it and start again", root.display());
+    Ok(found)
+}
+
+/// The same, and none where the system has all that is needed.
+fn libraries_below(root: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for parent in ["usr/lib", "lib"] {
         let Ok(entries) = fs::read_dir(root.join(parent)) else { continue };
@@ -173,9 +180,6 @@ pub fn library_directories(root: &Path) -> Result<Vec<PathBuf>> {
             }
         }
     }
-    if found.is_empty() {
-        bail!("{} has no libraries: remove it and start again", root.display());
-    }
     found.sort();
     Ok(found)
 }
@@ -184,7 +188,7 @@ pub fn library_directories(root: &Path) -> Result<Vec<PathBuf>> {
 /// `$root`, both found when it runs, so the whole tree may be moved.
 pub fn write_wrapper(script: &Path, root: &Path, line: &str) -> Result<()> {
     let directory = script.parent().context("a script lies in a directory")?;
-    let text = wrapper(directory, root, &library_directories(root)?, line)?;
+    let text = wrapper(directory, root, &libraries_below(root)?, line)?;
     fs::create_dir_all(directory)
         .and_then(|()| fs::write(script, text))
         .and_then(|()| fs::set_permissions(script, fs::Permissions::from_mode(0o755)))
@@ -195,12 +199,15 @@ fn wrapper(directory: &Path, root: &Path, libraries: &[PathBuf], line: &str) -> 
     let up = relative(directory, root)?;
     let below = libraries.iter().map(|path| Ok(format!("$root/{}", path.strip_prefix(root)?.display())));
     let libraries = below.collect::<Result<Vec<_>>>()?.join(":");
+    let export = match libraries.as_str() {
+        "" => String::new(),
+        _ => format!("export LD_LIBRARY_PATH=\"{libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}\"\n"),
+    };
     Ok(format!(
         "#!/bin/sh\n\
          here=$(CDPATH= cd -- \"$(dirname -- \"$0\")\" && pwd)\n\
          root=$here/{up}\n\
-         export LD_LIBRARY_PATH=\"{libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}\"\n\
-         {line}\n",
+         {export}{line}\n",
         up = up.display(),
     ))
 }
@@ -295,6 +302,12 @@ mod tests {
         }
         let expected = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|path| root.path().join(path));
         assert_eq!(library_directories(root.path()).unwrap(), expected);
+    }
+
+    #[test]
+    fn where_the_system_has_all_libraries_a_wrapper_changes_nothing() {
+        let text = wrapper(Path::new("/w/p/scripts"), Path::new("/w/p"), &[], "exec x").unwrap();
+        assert!(text.ends_with("root=$here/..\nexec x\n"), "{text}");
     }
 
     #[test]

@@ -85,11 +85,13 @@ fn tree(workspace: &Workspace) -> PathBuf {
 }
 
 /// What is in the tree beside the program and what is made from it.
-const SHIPPED: [(&str, &str); 12] = [
+const SHIPPED: [(&str, &str); 14] = [
     ("deploy/systemd/egress-agent.service", "lib/systemd/system/egress-agent.service"),
     ("deploy/debian/agent.yaml", "etc/egress/agent.yaml"),
     ("deploy/debian/policies/README", "etc/egress/policies/README"),
     ("deploy/crds", "deploy/crds"),
+    ("deploy/helm", "deploy/helm"),
+    ("deploy/kubernetes", "deploy/kubernetes"),
     ("policies", "policies"),
     ("docs", "docs"),
     ("ARCHITECTURE.md", "ARCHITECTURE.md"),

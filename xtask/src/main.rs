@@ -1,9 +1,10 @@
 //! `cargo xtask`: builds, tests and runs this workspace, and fetches what that takes.
 //!
-//! It drives cargo, Debian's package tools and nothing else. It holds no product code, installs nothing on the system,
-//! and writes below `target/` only; but for `docs`, which writes the generated files.
+//! It drives cargo, Debian's package tools, for the chart pip, and nothing else. It holds no product code, installs nothing on the
+//! system, and writes below `target/` only; but for `docs` and `chart`, which write the generated files.
 
 mod build;
+mod chart;
 mod ci;
 mod companions;
 mod debian;
@@ -64,6 +65,8 @@ enum Command {
     },
     /// Build, then write the generated files: schemas, the CRD, reference pages
     Docs,
+    /// Render the Helm chart into deploy/kubernetes, and check both by Helm and by the schemas of Kubernetes
+    Chart(chart::Options),
     /// Boot kernels of Debian in QEMU and run the kernel tests in them; all of them, if none is named
     Vm(vm::Options),
     /// Build what is shipped to hosts, in target/dist: a tarball and a Debian package of the agent, linked statically, with
@@ -92,6 +95,7 @@ fn command(command: &Command) -> anyhow::Result<()> {
         Command::Test { arguments } => test::test(&workspace, arguments),
         Command::Run { arguments } => run::run(&workspace, arguments),
         Command::Docs => docs::docs(&workspace),
+        Command::Chart(options) => chart::chart(&workspace, options),
         Command::Vm(options) => vm::vm(&workspace, options),
         Command::Dist => dist::dist(&workspace),
         Command::Image => image::image(&workspace),

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    build, companions, process,
+    build, chart, companions, process,
     root::{self, Environment},
     vm,
     workspace::Workspace,
@@ -20,7 +20,7 @@ pub fn test(workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
     root::ensure("testing with the kernel")?;
     let mut phases = Phases::default();
     let (toolchain, environment) =
-        phases.time("setup", || Ok((build::toolchain(workspace)?, companions::ensure(workspace)?)))?;
+        phases.time("setup", || Ok((build::toolchain(workspace)?, environment(workspace)?)))?;
     phases.time("build", || build::build_with(workspace, &toolchain))?;
     let (selection, rest) = split(arguments);
     phases.time("compile tests", || compile(workspace, selection))?;
@@ -36,6 +36,13 @@ pub fn test(workspace: &Workspace, arguments: &[OsString]) -> Result<()> {
 pub fn some(workspace: &Workspace, environment: &Environment, selection: &[OsString], rest: &[OsString]) -> Result<()> {
     compile(workspace, selection)?;
     run(workspace, environment, selection, rest)
+}
+
+/// The variables that lead tests to what they run.
+fn environment(workspace: &Workspace) -> Result<Environment> {
+    let mut environment = companions::ensure(workspace)?;
+    environment.push(("EGRESS_HELM", chart::ensure(workspace)?.into()));
+    Ok(environment)
 }
 
 fn compile(workspace: &Workspace, selection: &[OsString]) -> Result<()> {
