@@ -379,12 +379,14 @@ fn by_default_the_agent_may_do_what_it_must_and_no_more() {
     let volumes = json!({
         "cgroup": { "name": "cgroup", "hostPath": { "path": "/sys/fs/cgroup", "type": "Directory" } },
         "bpf": { "name": "bpf", "hostPath": { "path": "/sys/fs/bpf", "type": "Directory" } },
+        "security": { "name": "security", "hostPath": { "path": "/sys/kernel/security", "type": "Directory" } },
         "run": { "name": "run", "emptyDir": {} },
     });
     assert_eq!(pod["volumes"], volumes);
     let mounts = json!({
         "cgroup": { "name": "cgroup", "mountPath": "/host/cgroup", "readOnly": true },
         "bpf": { "name": "bpf", "mountPath": "/host/bpf" },
+        "security": { "name": "security", "mountPath": "/sys/kernel/security", "readOnly": true },
         "run": { "name": "run", "mountPath": "/run/egress" },
     });
     assert_eq!(container["volumeMounts"], mounts);
