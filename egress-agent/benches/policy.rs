@@ -10,7 +10,7 @@ use std::{
 };
 
 use egress_agent::{
-    compile::{Context, Names, NodeAction, NodeDefault, compile},
+    compile::{Context, NodeAction, NodeDefault, compile},
     policy::load::load_text,
     workload::Workload,
 };
@@ -26,7 +26,7 @@ fn main() {
         let (read, loaded) = median(|| load_text("bench.yaml", &text));
         assert!(!loaded.has_errors(), "{:?}", loaded.findings.first());
         let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: true };
-        let context = Context { node_default, system_resolvers: Vec::new(), names: Names::default() };
+        let context = Context::new(node_default);
         let (compiled, ruleset) =
             median(|| compile(&loaded.policies, &Workload::default(), &context).expect("within the bounds"));
         let (decided, ()) = median(|| {

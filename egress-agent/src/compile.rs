@@ -58,6 +58,14 @@ pub struct Context {
     pub pods: PodContext,
 }
 
+impl Context {
+    /// Nothing is known but the node's default.
+    pub fn new(node_default: NodeDefault) -> Self {
+        let (system_resolvers, names, pods) = (Vec::new(), Names::default(), PodContext::default());
+        Self { node_default, system_resolvers, names, pods }
+    }
+}
+
 /// What the rules of pods depend on besides the documents.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PodContext {

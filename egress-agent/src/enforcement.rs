@@ -172,7 +172,7 @@ impl Enforcement {
     pub(crate) fn set_pods(&mut self, pods: Pods) {
         let pods = self.with_gone(pods);
         self.selector.set_pods(pods);
-        if let Err(error) = self.place(Change::Tidy) {
+        if let Err(error) = self.apply(Change::Tidy) {
             tracing::error!(error = %chain(&error), "cannot place pods: they are refused, or judged as before");
             self.is_behind = true;
         }

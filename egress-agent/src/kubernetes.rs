@@ -19,6 +19,7 @@ use tokio::{runtime, sync::watch as channel};
 
 use crate::{
     compile::NodeAction,
+    pods::Pods,
     privileges::{self, CapabilitySet},
 };
 
@@ -61,6 +62,22 @@ impl Settings {
             Some(Mode::Audit) => Some(NodeAction::Audit),
             None if self.exempt.contains(namespace) => Some(NodeAction::Allow),
             None => self.all_namespaces.then_some(NodeAction::Deny),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Settings {
+    /// Of a node whose pods lie below `kubepods`.
+    fn example() -> Self {
+        Self {
+            node: "node".to_owned(),
+            root_namespace: "egress-system".to_owned(),
+            entries_from: BTreeSet::new(),
+            all_namespaces: false,
+            exempt: BTreeSet::from(["kube-system".to_owned()]),
+            top: "kubepods".to_owned(),
+            may_terminate: false,
         }
     }
 }
@@ -178,6 +195,11 @@ impl Cluster {
     /// What is known now.
     pub fn snapshot(&self) -> Snapshot {
         self.shared.store().snapshot()
+    }
+
+    /// The pods of this node, as they are known now.
+    pub fn pods(&self) -> Pods {
+        self.shared.store().members()
     }
 
     /// From now on, the pods that these select are watched wherever they run.

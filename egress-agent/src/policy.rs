@@ -77,6 +77,14 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The group, and the version in which it is written.
+    pub const fn api_version(self) -> &'static str {
+        match self {
+            Self::EgressPolicy => "egress.filter/v1alpha1",
+            Self::ServiceEntry => "networking.istio.io/v1",
+        }
+    }
+
     /// The kind as documents spell it.
     pub const fn as_str(self) -> &'static str {
         match self {

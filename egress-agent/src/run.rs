@@ -164,13 +164,15 @@ const RELOAD_WAIT: Duration = Duration::from_secs(1);
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
     let mut source = Source::new(options(args))?;
+    let mut possible = None;
     if args.cluster.kubernetes {
         dataplane::probe()?;
-        source.cluster = Some(connect(args).await?);
+        let capabilities = *possible.insert(existing::possible());
+        source.cluster = Some(connect(args, !capabilities.is_empty()).await?);
     }
     let policy = source.read()?;
     dataplane::probe()?;
-    let terminating = if args.cluster.kubernetes { existing::possible() } else { existing::expect(&policy.set)? };
+    let terminating = possible.map_or_else(|| existing::expect(&policy.set), Ok)?;
     let mount = cgroup::mount_point()?;
     let target = Target::open(&filtered(args, &mount)?, &mount)?;
     if target.cgroup.is_root() {
@@ -237,7 +239,7 @@ fn filtered(args: &RunArgs, mount: &Path) -> Result<PathBuf, RunError> {
 const TELL: Duration = Duration::from_secs(10);
 
 /// Waits until everything there is in the cluster has been listed: before, what was in force stays.
-async fn connect(args: &RunArgs) -> Result<Cluster, RunError> {
+async fn connect(args: &RunArgs, may_terminate: bool) -> Result<Cluster, RunError> {
     let mount = cgroup::mount_point()?;
     let top = Cgroup::open(&filtered(args, &mount)?, &mount)?;
     let ClusterArgs { node_name, root_namespace, service_entries_from, all_namespaces, exempt_namespaces, .. } =
@@ -250,7 +252,7 @@ async fn connect(args: &RunArgs) -> Result<Cluster, RunError> {
         all_namespaces: *all_namespaces,
         exempt: named(exempt_namespaces),
         top: top.path.to_string_lossy().into_owned(),
-        may_terminate: !existing::possible().is_empty(),
+        may_terminate,
     })?;
     let mut tell = interval_at(Instant::now() + TELL, TELL);
     while !cluster.revisions().is_synced {
@@ -533,7 +535,8 @@ async fn apply_again(
             if again == Again::Files {
                 resolver.reread_system();
             }
-            if again != Again::Names && policy.names != state.policy.names {
+            // Also where the names are those in force: a policy that was not put in force may have wanted others meanwhile.
+            if again != Again::Names {
                 resolver.want(policy.names.clone());
                 resolver.first_answers(RELOAD_WAIT).await;
             }
@@ -585,7 +588,7 @@ impl State {
     /// Pods came, went or were labelled anew, and the policies are the same.
     fn place_pods(&mut self) {
         let Some(cluster) = &self.source.cluster else { return };
-        self.enforcement.set_pods(cluster.snapshot().pods);
+        self.enforcement.set_pods(cluster.pods());
         self.pods.set(self.enforcement.pods().clone());
     }
 
@@ -671,15 +674,15 @@ pub struct Reloaded {
 }
 
 /// An error with all its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    causes(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// An error and all its causes.
+pub(crate) fn causes<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
 }
 
 async fn at(due: Option<Instant>) {

@@ -302,7 +302,7 @@ pub(crate) fn workload(path: &str) -> Workload {
 mod tests {
     use super::*;
     use crate::{
-        compile::{Names, NodeAction, NodeDefault, PodContext},
+        compile::{NodeAction, NodeDefault},
         policy::load::load_text,
     };
 
@@ -316,12 +316,7 @@ mod tests {
         let loaded = load_text("p.yaml", &documents.concat());
         assert!(!loaded.has_errors(), "{:?}", loaded.findings);
         let node_default = NodeDefault { action: NodeAction::Allow, loopback: false, dns: false };
-        let context = Context {
-            node_default,
-            system_resolvers: Vec::new(),
-            names: Names::default(),
-            pods: PodContext::default(),
-        };
+        let context = Context::new(node_default);
         let users = users.iter().map(|&uid| UserIdentity { uid: Some(uid), name: None }).collect();
         Selector::new(Arc::new(loaded.policies), context, unknown, users)
     }

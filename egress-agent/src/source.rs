@@ -13,7 +13,7 @@ use crate::{
     kubernetes::{Cluster, Revisions, Selection, Snapshot},
     pods::Pods,
     policy::{
-        EgressPolicy, Endpoint, EndpointAddress, HostPattern, ObjectName, PolicySet, ServiceEntry, User,
+        Endpoint, EndpointAddress, HostPattern, ObjectName, PolicySet, ServiceEntry, User,
         diagnostic::{Finding, Severity},
         egress_policy::unbuilt::unsupported,
         load::{LoadError, LoadOptions, Loaded, load, watched},
@@ -213,20 +213,8 @@ fn merge(files: &PolicySet, snapshot: &Snapshot) -> (PolicySet, Vec<ObjectName>)
         .map(|entry| &entry.object)
         .chain(files.egress_policies.iter().map(|policy| &policy.object))
         .collect();
-    for entry in &snapshot.service_entries {
-        if names.contains(&entry.object) {
-            hidden.push(entry.object.clone());
-        } else {
-            merged.service_entries.push(ServiceEntry::clone(entry));
-        }
-    }
-    for policy in &snapshot.egress_policies {
-        if names.contains(&policy.object) {
-            hidden.push(policy.object.clone());
-        } else {
-            merged.egress_policies.push(EgressPolicy::clone(policy));
-        }
-    }
+    add(&mut merged.service_entries, &snapshot.service_entries, |entry| &entry.object, &names, &mut hidden);
+    add(&mut merged.egress_policies, &snapshot.egress_policies, |policy| &policy.object, &names, &mut hidden);
     merged.service_entries.sort_by(|a, b| a.object.cmp(&b.object));
     merged.egress_policies.sort_by(|a, b| a.object.cmp(&b.object));
     for entry in &mut merged.service_entries {
@@ -241,6 +229,23 @@ fn merge(files: &PolicySet, snapshot: &Snapshot) -> (PolicySet, Vec<ObjectName>)
         entry.endpoints.extend(of_pods);
     }
     (merged, hidden)
+}
+
+/// Adds objects that have a name of their own.
+fn add<T: Clone>(
+    documents: &mut Vec<T>,
+    objects: &[Arc<T>],
+    name_of: fn(&T) -> &ObjectName,
+    names: &BTreeSet<&ObjectName>,
+    hidden: &mut Vec<ObjectName>,
+) {
+    for object in objects {
+        if names.contains(name_of(object)) {
+            hidden.push(name_of(object).clone());
+        } else {
+            documents.push(T::clone(object));
+        }
+    }
 }
 
 /// The pods that are the endpoints of an entry: those of its namespace with these labels.
@@ -272,12 +277,16 @@ fn names(policies: &PolicySet, told: &mut Told<'_>) -> (BTreeSet<String>, Vec<(S
 
 /// The users that policies select by, in both forms; a warning for those that are not known here.
 fn users(policies: &PolicySet, told: &mut Told<'_>) -> Vec<UserIdentity> {
+    let mut selected = selected_users(policies).peekable();
+    if selected.peek().is_none() {
+        return Vec::new();
+    }
     let known = Users::read(Path::new(PASSWD));
     let identity = |user: &User| match user {
         User::Uid(uid) => known.identity(&uid.to_string()),
         User::Name(name) => known.identity(name),
     };
-    let mut users: Vec<UserIdentity> = selected_users(policies).map(identity).collect();
+    let mut users: Vec<UserIdentity> = selected.map(identity).collect();
     users.retain(|user| {
         if user.uid.is_none() {
             let name = user.name.as_deref().unwrap_or_default();

@@ -9,7 +9,7 @@ use std::{fmt::Write as _, fs, net::Ipv4Addr, sync::Arc, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use egress_agent::{
-    compile::{Context, Names, NodeAction, NodeDefault, PodContext},
+    compile::{Context, NodeAction, NodeDefault},
     dataplane::{Change, Dataplane, KernelLog, PacketGuard, pinned},
     pins::PinDirectory,
     policy::{PolicySet, load::load_text},
@@ -78,8 +78,7 @@ fn put(dataplane: &mut Dataplane, text: &str) -> Result<Times> {
     let read = millis(start);
     let start = Instant::now();
     let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: true };
-    let context =
-        Context { node_default, system_resolvers: Vec::new(), names: Names::default(), pods: PodContext::default() };
+    let context = Context::new(node_default);
     let mut selector = Selector::new(Arc::new(policies), context, UnknownWorkloads::Deny, Vec::new());
     let layout = selector.layout(&[Node { id: 1, path: "bench".to_owned() }], None)?;
     let compile = millis(start);

@@ -15,7 +15,7 @@ use std::{
 
 use egress_agent::{
     cgroup,
-    compile::{Context, Names, NodeAction, NodeDefault, PodContext},
+    compile::{Context, NodeAction, NodeDefault},
     dataplane::{Change, Dataplane, KernelLog, PacketGuard, pinned},
     pins::PinDirectory,
     policy::load::load_text,
@@ -431,8 +431,7 @@ const OBJECT: &str = match option_env!("EGRESS_EBPF_OBJECT") {
 /// What a policy is to the kernel.
 fn layout(world: &World, text: &str) -> Layout {
     let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: false };
-    let context =
-        Context { node_default, system_resolvers: Vec::new(), names: Names::default(), pods: PodContext::default() };
+    let context = Context::new(node_default);
     let policies = load_text("policy.yaml", text).policies;
     let mut selector = Selector::new(policies.into(), context, UnknownWorkloads::Deny, Vec::new());
     let path = world.cgroup.name().trim_start_matches('/').to_owned();

@@ -6,7 +6,7 @@
 use std::{fs, net::SocketAddr};
 
 use egress_agent::{
-    compile::{Context, Names, NodeAction, NodeDefault, PodContext},
+    compile::{Context, NodeAction, NodeDefault},
     policy::{L4, load::load_text},
     workload::Workload,
 };
@@ -57,8 +57,7 @@ fn the_kernel_decides_as_the_reference_says() {
     let mut agent = Agent::start(directory.path(), &cgroup, &["--no-dns"]).unwrap();
     let mut dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
     let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: false };
-    let context =
-        Context { node_default, system_resolvers: Vec::new(), names: Names::default(), pods: PodContext::default() };
+    let context = Context::new(node_default);
     let mut runner = runner();
     let (mut refused, mut audited, mut calls) = (0, 0, 0_u64);
     for round in 1..=POLICIES {

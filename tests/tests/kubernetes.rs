@@ -50,6 +50,14 @@ impl Node {
         }
     }
 
+    /// With an enforced namespace `shop`, and in it a pod `ratings`.
+    fn shop() -> Self {
+        let node = Self::new();
+        node.namespace("shop", Some("enforce"));
+        node.pod("shop", "ratings", &json!({ "app": "ratings" }));
+        node
+    }
+
     fn command(&self, more: &[&str]) -> Command {
         let mut command = Command::new(binary().unwrap());
         command
@@ -66,6 +74,22 @@ impl Node {
 
     fn start(&mut self, more: &[&str]) {
         self.spawn(more).wait_for("policy applied generation=1 ").unwrap();
+    }
+
+    /// Starts an agent, and then a process in the pod `ratings`.
+    fn start_with_ratings(&mut self, more: &[&str]) -> Actor {
+        self.start(more);
+        self.run("ratings")
+    }
+
+    /// The next denial of which a field says so; others before it are passed over.
+    fn denial_with(&mut self, field: &str, value: &str) -> Value {
+        loop {
+            let denial = self.agent().denial().unwrap();
+            if denial[field] == value {
+                return denial;
+            }
+        }
     }
 
     fn agent(&mut self) -> &mut Agent {
@@ -178,11 +202,8 @@ fn is(actor: &mut Actor, address: &str, outcome: Outcome) {
 
 #[test]
 fn a_service_entry_opens_for_running_pods_and_closes_when_it_is_deleted() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({ "app": "ratings" }));
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut node = Node::shop();
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, MYSQL, REFUSED);
     // Before its cgroup is placed, the reason is another.
     let denial = loop {
@@ -222,12 +243,7 @@ fn the_label_of_the_namespace_decides_and_is_followed() {
     becomes(&mut watched, MYSQL, NOBODY_THERE);
     becomes(&mut system, MYSQL, NOBODY_THERE);
     is(&mut plain, MYSQL, REFUSED);
-    let would = loop {
-        let denial = node.agent().denial().unwrap();
-        if denial["verdict"] == "would_deny" {
-            break denial;
-        }
-    };
+    let would = node.denial_with("verdict", "would_deny");
     assert_eq!(would["pod"]["namespace"], "watched");
     node.namespace("strict", Some("audit"));
     becomes(&mut strict, MYSQL, NOBODY_THERE);
@@ -272,23 +288,15 @@ fn pods_are_known_by_the_paths_of_the_systemd_driver() {
     let mut ratings = node.start_in(&path);
     becomes(&mut ratings, MYSQL, NOBODY_THERE);
     is(&mut ratings, "203.0.113.9:80", REFUSED);
-    let denial = loop {
-        let denial = node.agent().denial().unwrap();
-        if denial["reason"] == "no_rule" {
-            break denial;
-        }
-    };
+    let denial = node.denial_with("reason", "no_rule");
     assert_eq!(denial["pod"]["container"], "app");
 }
 
 #[test]
 fn a_pod_deleted_by_force_is_judged_as_before_while_it_runs() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     node.entry("shop", "mysql", &mysql());
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, MYSQL, NOBODY_THERE);
     node.api.delete(Resource::Pods, "shop", "ratings");
     // Something else happens, so that it is known that the deletion was heard of.
@@ -302,13 +310,10 @@ fn a_pod_deleted_by_force_is_judged_as_before_while_it_runs() {
 
 #[test]
 fn an_invalid_object_leaves_its_last_valid_version_and_its_author_is_told() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     node.entry("shop", "mysql", &mysql());
     node.policy("shop", "web", &json!({ "allow": [{ "to": [{ "cidr": "198.51.100.0/24" }] }], "later": true }));
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, MYSQL, NOBODY_THERE);
     is(&mut ratings, "198.51.100.1:80", NOBODY_THERE);
     node.entry(
@@ -344,9 +349,7 @@ fn an_invalid_object_leaves_its_last_valid_version_and_its_author_is_told() {
 
 #[test]
 fn an_object_of_ten_megabytes_is_refused_alone() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     let addresses: Vec<String> =
         (0..500_000_u32).map(|n| format!("10.{}.{}.{}", n >> 16, n >> 8 & 255, n & 255)).collect();
     node.entry(
@@ -355,8 +358,7 @@ fn an_object_of_ten_megabytes_is_refused_alone() {
         &json!({ "hosts": ["h.example.com"], "addresses": addresses, "ports": [{ "number": 80, "name": "a" }] }),
     );
     node.entry("shop", "mysql", &mysql());
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, MYSQL, NOBODY_THERE);
     is(&mut ratings, "10.0.0.1:80", REFUSED);
     assert!(node.degraded("ServiceEntry/shop/huge").contains("more than 2097152 bytes; it has no effect"));
@@ -410,12 +412,9 @@ fn a_tenant_cannot_open_or_close_pods_of_another() {
 
 #[test]
 fn entries_count_only_where_they_are_meant_to() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     node.entry("shop", "mysql", &mysql());
-    node.start(&["--default", "Allow", "--service-entries-from", "infra,platform"]);
-    let mut ratings = node.run("ratings");
+    let mut ratings = node.start_with_ratings(&["--default", "Allow", "--service-entries-from", "infra,platform"]);
     becomes(&mut ratings, MYSQL, REFUSED);
     node.entry("infra", "mysql", &mysql());
     becomes(&mut ratings, MYSQL, NOBODY_THERE);
@@ -423,11 +422,15 @@ fn entries_count_only_where_they_are_meant_to() {
 
 #[test]
 fn the_networks_and_resolvers_of_the_cluster_are_those_that_are_named() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({ "app": "ratings" }));
-    node.start(&["--default", "Allow", "--internal-cidrs", "10.0.0.0/8,fd00::/8", "--cluster-dns", "192.0.2.53"]);
-    let mut ratings = node.run("ratings");
+    let mut node = Node::shop();
+    let mut ratings = node.start_with_ratings(&[
+        "--default",
+        "Allow",
+        "--internal-cidrs",
+        "10.0.0.0/8,fd00::/8",
+        "--cluster-dns",
+        "192.0.2.53",
+    ]);
     becomes(&mut ratings, "10.1.2.3:8080", NOBODY_THERE);
     is(&mut ratings, "[fd00::1]:8080", NOBODY_THERE);
     is(&mut ratings, "192.0.2.53:53", NOBODY_THERE);
@@ -440,11 +443,8 @@ fn the_networks_and_resolvers_of_the_cluster_are_those_that_are_named() {
 
 #[test]
 fn a_workload_selector_opens_the_pods_that_it_selects() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({ "app": "ratings" }));
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut node = Node::shop();
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, "192.0.2.80:9080", REFUSED);
     node.entry(
         "shop",
@@ -477,9 +477,7 @@ fn a_workload_selector_opens_the_pods_that_it_selects() {
 
 #[test]
 fn files_and_objects_are_used_together_and_a_file_hides_its_namesake() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     let file = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: { name: mysql, namespace: shop }\nspec:\n  \
                 hosts: [f.example.com]\n  addresses: [203.0.113.30]\n  ports: [{ number: 3306, name: tcp, protocol: TCP }]\n";
     fs::write(node.files.path().join("a.yaml"), file).unwrap();
@@ -488,8 +486,7 @@ fn files_and_objects_are_used_together_and_a_file_hides_its_namesake() {
         "hosts": ["o.example.com"], "addresses": ["203.0.113.31"], "ports": [{ "number": 80, "name": "tcp", "protocol": "TCP" }],
     }));
     let policies = node.files.path().to_str().unwrap().to_owned();
-    node.start(&["--default", "Allow", "--policies", &policies]);
-    let mut ratings = node.run("ratings");
+    let mut ratings = node.start_with_ratings(&["--default", "Allow", "--policies", &policies]);
     becomes(&mut ratings, "203.0.113.30:3306", NOBODY_THERE);
     is(&mut ratings, "203.0.113.31:80", NOBODY_THERE);
     is(&mut ratings, MYSQL, REFUSED);
@@ -506,12 +503,9 @@ fn files_and_objects_are_used_together_and_a_file_hides_its_namesake() {
 
 #[test]
 fn while_the_api_is_unwell_what_was_known_stays_and_then_it_is_followed() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     node.entry("shop", "mysql", &mysql());
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, MYSQL, NOBODY_THERE);
     let entries = Resource::ServiceEntries;
     for (fault, told) in [
@@ -537,12 +531,9 @@ fn while_the_api_is_unwell_what_was_known_stays_and_then_it_is_followed() {
 
 #[test]
 fn an_api_that_is_away_or_has_forgotten_is_caught_up_with() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     node.entry("shop", "mysql", &mysql());
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, MYSQL, NOBODY_THERE);
     node.api.set_away(true);
     node.degraded("what was known last stays in force");
@@ -566,9 +557,7 @@ fn an_api_that_is_away_or_has_forgotten_is_caught_up_with() {
 
 #[test]
 fn nothing_is_put_in_force_before_everything_is_known() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     node.api.set_fault(Resource::EgressPolicies, Some(Fault::Forbidden));
     node.spawn(&["--default", "Allow"]);
     let line = node.agent().wait_for("waiting for the Kubernetes API").unwrap();
@@ -590,12 +579,9 @@ fn nothing_is_put_in_force_before_everything_is_known() {
 
 #[test]
 fn a_definition_may_be_missing_and_come_later_in_another_version() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
+    let mut node = Node::shop();
     node.api.set_served(&["egress.filter/v1alpha1"]);
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, MYSQL, REFUSED);
     let (code, status) = node.status();
     let entries = status["kubernetes"]["resources"].as_array().unwrap()[0].clone();
@@ -612,11 +598,8 @@ fn a_definition_may_be_missing_and_come_later_in_another_version() {
 
 #[test]
 fn a_server_that_does_not_answer_is_not_waited_for() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut node = Node::shop();
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     becomes(&mut ratings, MYSQL, REFUSED);
     node.api.set_fault(Resource::EgressPolicies, Some(Fault::Silence));
     // The other kinds are followed all the same.
@@ -645,11 +628,8 @@ fn without_an_api_or_a_cgroup_of_pods_nothing_starts() {
 
 #[test]
 fn what_comes_fast_is_put_in_force_together() {
-    let mut node = Node::new();
-    node.namespace("shop", Some("enforce"));
-    node.pod("shop", "ratings", &json!({}));
-    node.start(&["--default", "Allow"]);
-    let mut ratings = node.run("ratings");
+    let mut node = Node::shop();
+    let mut ratings = node.start_with_ratings(&["--default", "Allow"]);
     for index in 0..200 {
         node.entry(
             "shop",

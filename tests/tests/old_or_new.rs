@@ -17,7 +17,7 @@ use std::{
 
 use egress_agent::{
     cgroup,
-    compile::{Context, Names, NodeAction, NodeDefault, PodContext},
+    compile::{Context, NodeAction, NodeDefault},
     dataplane::{Change, Dataplane, KernelLog, PacketGuard},
     pins::PinDirectory,
     policy::{L4, PolicySet, load::load_text},
@@ -77,7 +77,7 @@ fn text(spec: &str) -> String {
 
 fn context() -> Context {
     let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: false };
-    Context { node_default, system_resolvers: Vec::new(), names: Names::default(), pods: PodContext::default() }
+    Context::new(node_default)
 }
 
 fn policies() -> Vec<PolicySet> {

@@ -4,8 +4,6 @@
 //! reached.
 
 use std::{
-    fs,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -106,8 +104,5 @@ fn write_launcher(directory: &Path, python: &Path) -> Result<()> {
          PYTHONPATH=$here/../packages exec '{}' -B -S \"$root/xtask/src/chart/helm.py\" \"$root\" \"$@\"\n",
         python.display()
     );
-    fs::create_dir_all(directory)
-        .and_then(|()| fs::write(&script, text))
-        .and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o755)))
-        .with_context(|| format!("cannot write {}", script.display()))
+    process::write_script(&script, &text)
 }

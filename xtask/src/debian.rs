@@ -7,7 +7,6 @@ use std::{
     collections::BTreeSet,
     fs,
     io::{self, IsTerminal as _},
-    os::unix::fs::PermissionsExt as _,
     path::{Component, Path, PathBuf},
     process::Command,
     time::Duration,
@@ -188,11 +187,7 @@ fn libraries_below(root: &Path) -> Result<Vec<PathBuf>> {
 /// `$root`, both found when it runs, so the whole tree may be moved.
 pub fn write_wrapper(script: &Path, root: &Path, line: &str) -> Result<()> {
     let directory = script.parent().context("a script lies in a directory")?;
-    let text = wrapper(directory, root, &libraries_below(root)?, line)?;
-    fs::create_dir_all(directory)
-        .and_then(|()| fs::write(script, text))
-        .and_then(|()| fs::set_permissions(script, fs::Permissions::from_mode(0o755)))
-        .with_context(|| format!("cannot write {}", script.display()))
+    process::write_script(script, &wrapper(directory, root, &libraries_below(root)?, line)?)
 }
 
 fn wrapper(directory: &Path, root: &Path, libraries: &[PathBuf], line: &str) -> Result<String> {

@@ -3,7 +3,7 @@
 use std::{
     env,
     ffi::OsStr,
-    io,
+    fs, io,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
@@ -56,6 +56,15 @@ fn cannot_start(command: &Command) -> String {
     format!("cannot start {}", command.get_program().display())
 }
 
+/// Writes a program that is a script, and makes the directory that it lies in.
+pub fn write_script(script: &Path, text: &str) -> Result<()> {
+    let directory = script.parent().context("a script lies in a directory")?;
+    fs::create_dir_all(directory)
+        .and_then(|()| fs::write(script, text))
+        .and_then(|()| fs::set_permissions(script, fs::Permissions::from_mode(0o755)))
+        .with_context(|| format!("cannot write {}", script.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,9 +85,9 @@ mod tests {
     fn only_an_executable_file_is_a_program() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("tool");
-        std::fs::write(&file, "").unwrap();
+        fs::write(&file, "").unwrap();
         assert_eq!(find_in("tool", directory.path().as_os_str()), None);
-        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
         assert_eq!(find_in("tool", directory.path().as_os_str()), Some(file));
     }
 }

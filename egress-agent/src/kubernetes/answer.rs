@@ -16,12 +16,9 @@ use kube::{
 };
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::{
-    sync::mpsc,
-    time::{sleep, timeout},
-};
+use tokio::{sync::mpsc, time::sleep};
 
-use super::client::explain;
+use super::client::answered;
 use crate::{control::hexadecimal, policy::Kind};
 
 /// The condition of an `EgressPolicy` that this is about.
@@ -161,13 +158,15 @@ fn modesty(node: &str, stamp: &str) -> Duration {
     MODESTY.mul_f64(f64::from(digest[0]) / 255.0)
 }
 
+/// Where the object is gone, or another node was first, there is nothing left to do.
 async fn request<T>(request: impl Future<Output = Result<T, Error>>) -> Result<(), String> {
-    match timeout(PATIENCE, request).await {
-        // It is gone, or another node was first.
-        Ok(Err(Error::Api(status))) if matches!(status.code, 404 | 409) => Ok(()),
-        Ok(answer) => answer.map(drop).map_err(|error| explain(&error)),
-        Err(_) => Err("the server does not answer".to_owned()),
-    }
+    let request = async {
+        match request.await {
+            Err(Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+            answer => answer.map(drop),
+        }
+    };
+    answered(PATIENCE, request).await
 }
 
 async fn patch(client: &Client, answer: &Answer) -> Result<(), String> {
@@ -206,10 +205,6 @@ async fn create_event(client: &Client, node: &str, answer: &Answer) -> Result<()
 fn event(node: &str, answer: &Answer, now: SystemTime) -> DynamicObject {
     const LONGEST_NOTE: usize = 1000;
     let Answer { verdict, namespace, name, uid, stamp, .. } = answer;
-    let api_version = match verdict.kind {
-        Kind::EgressPolicy => "egress.filter/v1alpha1",
-        Kind::ServiceEntry => "networking.istio.io/v1",
-    };
     let error = verdict.error.as_deref().unwrap_or_default();
     let digest = hexadecimal(&Sha256::digest(format!("{stamp} {error}"))[..8]);
     // Names have at most 253 characters.
@@ -223,7 +218,7 @@ fn event(node: &str, answer: &Answer, now: SystemTime) -> DynamicObject {
         "reportingController": REPORTER, "reportingInstance": node,
         "action": "Validate", "reason": "Invalid", "type": "Warning", "note": note,
         "regarding": {
-            "apiVersion": api_version, "kind": verdict.kind.as_str(), "namespace": namespace, "name": name, "uid": uid,
+            "apiVersion": verdict.kind.api_version(), "kind": verdict.kind.as_str(), "namespace": namespace, "name": name, "uid": uid,
         },
     });
     let mut event = DynamicObject {

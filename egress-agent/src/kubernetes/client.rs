@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use kube::{Client, Config, Error};
+use tokio::time::timeout;
 
 use super::ClusterError;
-use crate::policy::diagnostic::printable;
+use crate::{policy::diagnostic, run::causes};
 
 /// A client, and where it is connected to.
 pub(super) struct Connected {
@@ -34,29 +35,39 @@ pub(super) fn explain(error: &Error) -> String {
             };
             format!("{} {}{help}", status.code, status.message)
         }
-        error => causes(error),
+        error => told(error),
     };
     shortened(&text)
 }
 
 /// An error with its causes, which many errors tell of by themselves.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
+fn told(error: &Error) -> String {
+    let mut text = String::new();
+    for cause in causes(error).map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
         }
-        source = cause.source();
     }
     text
 }
 
-/// The beginning of a text, harmless to a terminal.
+/// The beginning of what a server says, harmless to a terminal.
 pub(super) fn shortened(text: &str) -> String {
-    const LONGEST: usize = 300;
-    let shown: String = text.chars().take(LONGEST).collect();
-    let more = if shown.len() < text.len() { "…" } else { "" };
-    format!("{}{more}", printable(shown.trim()))
+    diagnostic::shortened(text.trim(), 300)
+}
+
+/// What a server says that says nothing.
+pub(super) const SILENCE: &str = "the server does not answer";
+
+/// An answer, or why there is none within some time.
+pub(super) async fn answered<T>(
+    patience: Duration,
+    request: impl Future<Output = Result<T, Error>>,
+) -> Result<T, String> {
+    match timeout(patience, request).await {
+        Ok(answer) => answer.map_err(|error| explain(&error)),
+        Err(_) => Err(SILENCE.to_owned()),
+    }
 }

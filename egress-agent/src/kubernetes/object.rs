@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, fmt::Write as _};
 use kube::api::DynamicObject;
 use serde_json::json;
 
+use super::Settings;
 use crate::{
     existing::terminates,
     policy::{
@@ -36,14 +37,14 @@ pub(super) fn service_entry(object: &DynamicObject) -> Read<ServiceEntry> {
 
 /// Reads an `EgressPolicy`. Only the root namespace may select others than pods of its own. What this agent cannot carry out
 /// is refused here, where it concerns one object, not all.
-pub(super) fn egress_policy(object: &DynamicObject, root_namespace: &str, may_terminate: bool) -> Read<EgressPolicy> {
+pub(super) fn egress_policy(object: &DynamicObject, settings: &Settings) -> Read<EgressPolicy> {
     let (mut findings, valid) = read(Kind::EgressPolicy, object, |policies| policies.egress_policies.pop());
     if let Some(policy) = &valid {
         findings.extend(unsupported(policy, true));
     }
     let Read { valid, warnings } = finish(findings, valid);
-    let valid = valid.and_then(|policy| confine(policy, root_namespace)).and_then(|policy| {
-        if terminates(&policy) && !may_terminate {
+    let valid = valid.and_then(|policy| confine(policy, &settings.root_namespace)).and_then(|policy| {
+        if terminates(&policy) && !settings.may_terminate {
             return Err("spec.existing: `Terminate` takes CAP_SYS_ADMIN, which the agents were not given".to_owned());
         }
         Ok(policy)
@@ -85,12 +86,8 @@ fn read<T>(
     take: impl FnOnce(&mut PolicySet) -> Option<T>,
 ) -> (Vec<Finding>, Option<T>) {
     let metadata = &object.metadata;
-    let api_version = match kind {
-        Kind::ServiceEntry => "networking.istio.io/v1",
-        Kind::EgressPolicy => "egress.filter/v1alpha1",
-    };
     let mut document = json!({
-        "apiVersion": api_version,
+        "apiVersion": kind.api_version(),
         "kind": kind.as_str(),
         "metadata": { "name": metadata.name, "namespace": metadata.namespace, "labels": metadata.labels },
     });
@@ -156,7 +153,7 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
-    fn policy(namespace: &str, spec: Value) -> DynamicObject {
+    fn policy(namespace: &str, spec: &Value) -> DynamicObject {
         object(
             json!({ "metadata": { "name": "web", "namespace": namespace, "managedFields": [{ "x": 1 }] }, "spec": spec }),
         )
@@ -190,7 +187,7 @@ mod tests {
             let mut value = json!({ "metadata": { "name": "x", "namespace": "shop" } });
             value.as_object_mut().unwrap().extend(broken.as_object().unwrap().clone());
             assert!(service_entry(&object(value.clone())).valid.is_err(), "{value}");
-            assert!(egress_policy(&object(value), "root", false).valid.is_err());
+            assert!(egress_policy(&object(value), &Settings::example()).valid.is_err());
         }
     }
 
@@ -205,7 +202,7 @@ mod tests {
     #[test]
     fn a_namespace_selects_its_own_pods_and_nothing_else() {
         let read = |namespace: &str, workloads: Value| {
-            egress_policy(&policy(namespace, json!({ "workloads": workloads })), "egress-system", false).valid
+            egress_policy(&policy(namespace, &json!({ "workloads": workloads })), &Settings::example()).valid
         };
         for beyond in [
             json!([{ "cgroup": "system.slice" }]),
@@ -219,14 +216,15 @@ mod tests {
         }
         let own = read("shop", json!([{ "pod": { "matchLabels": { "app": "web" } } }])).unwrap();
         assert_eq!(own.reach, Reach::Namespace);
-        let everybody = egress_policy(&policy("egress-system", json!({})), "egress-system", false).valid.unwrap();
+        let everybody = egress_policy(&policy("egress-system", &json!({})), &Settings::example()).valid.unwrap();
         assert_eq!(everybody.reach, Reach::Namespace);
     }
 
     #[test]
     fn a_policy_that_cannot_be_carried_out_is_refused_alone() {
-        let read =
-            |spec: Value, may_terminate| egress_policy(&policy("shop", spec), "egress-system", may_terminate).valid;
+        let read = |spec: Value, may_terminate| {
+            egress_policy(&policy("shop", &spec), &Settings { may_terminate, ..Settings::example() }).valid
+        };
         assert!(read(json!({ "existing": "Terminate" }), false).unwrap_err().contains("CAP_SYS_ADMIN"));
         assert!(read(json!({ "existing": "Terminate" }), true).is_ok());
         assert!(read(json!({ "dns": { "queries": "Named" } }), true).unwrap_err().contains("does not carry out"));

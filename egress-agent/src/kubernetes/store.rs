@@ -77,7 +77,7 @@ struct Object<T> {
 }
 
 #[derive(Debug)]
-struct Objects<T>(BTreeMap<Key, Object<T>>);
+pub(super) struct Objects<T>(BTreeMap<Key, Object<T>>);
 
 impl<T> Default for Objects<T> {
     fn default() -> Self {
@@ -138,6 +138,42 @@ impl<T: PartialEq> Objects<T> {
                 earlier_in_force: object.valid.is_some(),
             })
         })
+    }
+}
+
+/// One of the two kinds of policies.
+pub(super) trait Document: PartialEq + Sized {
+    /// What it is watched as.
+    const KINDS: Kinds;
+
+    /// Where they are kept.
+    fn objects(store: &mut Store) -> &mut Objects<Self>;
+
+    /// Whether those of a namespace count.
+    fn counts(settings: &Settings, namespace: &str) -> bool;
+}
+
+impl Document for ServiceEntry {
+    const KINDS: Kinds = Kinds::Entries;
+
+    fn objects(store: &mut Store) -> &mut Objects<Self> {
+        &mut store.entries
+    }
+
+    fn counts(settings: &Settings, namespace: &str) -> bool {
+        settings.entries_from.is_empty() || settings.entries_from.contains(namespace)
+    }
+}
+
+impl Document for EgressPolicy {
+    const KINDS: Kinds = Kinds::Policies;
+
+    fn objects(store: &mut Store) -> &mut Objects<Self> {
+        &mut store.policies
+    }
+
+    fn counts(_: &Settings, _: &str) -> bool {
+        true
     }
 }
 
@@ -229,37 +265,20 @@ impl Store {
     }
 
     /// `there` is all there are, `versions` what is new of them.
-    pub(super) fn replace_entries(&mut self, there: &BTreeSet<Key>, versions: Vec<Version<ServiceEntry>>) {
-        let versions = versions.into_iter().filter(|version| self.settings.counts(&version.key.0)).collect();
-        let is_changed = self.entries.replace(there, versions);
+    pub(super) fn replace_documents<T: Document>(&mut self, there: &BTreeSet<Key>, versions: Vec<Version<T>>) {
+        let versions = versions.into_iter().filter(|version| T::counts(&self.settings, &version.key.0)).collect();
+        let is_changed = T::objects(self).replace(there, versions);
         self.policies_changed(is_changed);
-        self.listed(Kinds::Entries);
+        self.listed(T::KINDS);
     }
 
-    pub(super) fn apply_entry(&mut self, version: Version<ServiceEntry>) {
-        let is_changed = self.settings.counts(&version.key.0) && self.entries.apply(version);
-        self.policies_changed(is_changed);
-    }
-
-    pub(super) fn delete_entry(&mut self, key: &Key) {
-        let is_changed = self.entries.remove(key);
+    pub(super) fn apply_document<T: Document>(&mut self, version: Version<T>) {
+        let is_changed = T::counts(&self.settings, &version.key.0) && T::objects(self).apply(version);
         self.policies_changed(is_changed);
     }
 
-    /// As [`Self::replace_entries`].
-    pub(super) fn replace_policies(&mut self, there: &BTreeSet<Key>, versions: Vec<Version<EgressPolicy>>) {
-        let is_changed = self.policies.replace(there, versions);
-        self.policies_changed(is_changed);
-        self.listed(Kinds::Policies);
-    }
-
-    pub(super) fn apply_policy(&mut self, version: Version<EgressPolicy>) {
-        let is_changed = self.policies.apply(version);
-        self.policies_changed(is_changed);
-    }
-
-    pub(super) fn delete_policy(&mut self, key: &Key) {
-        let is_changed = self.policies.remove(key);
+    pub(super) fn delete_document<T: Document>(&mut self, key: &Key) {
+        let is_changed = T::objects(self).remove(key);
         self.policies_changed(is_changed);
     }
 
@@ -346,8 +365,8 @@ impl Store {
         }
     }
 
-    /// A pod of a namespace that is not known is not known either: what holds of it is not.
-    fn members(&self) -> Pods {
+    /// The pods of this node. One of a namespace that is not known is not known either: what holds of it is not.
+    pub(super) fn members(&self) -> Pods {
         let member = |info: &PodInfo| {
             let namespace = self.namespaces.get(&info.namespace)?;
             let pod = Pod {
@@ -400,13 +419,6 @@ impl Store {
     }
 }
 
-impl Settings {
-    /// Whether `ServiceEntry` objects of a namespace do.
-    fn counts(&self, namespace: &str) -> bool {
-        self.entries_from.is_empty() || self.entries_from.contains(namespace)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -414,18 +426,6 @@ mod tests {
         pods::Place,
         policy::{Reach, load::load_text},
     };
-
-    fn settings() -> Settings {
-        Settings {
-            node: "node".to_owned(),
-            root_namespace: "egress-system".to_owned(),
-            entries_from: BTreeSet::new(),
-            all_namespaces: false,
-            exempt: BTreeSet::from(["kube-system".to_owned()]),
-            top: "kubepods".to_owned(),
-            may_terminate: false,
-        }
-    }
 
     fn entry(namespace: &str, address: &str) -> ServiceEntry {
         let text = format!(
@@ -449,48 +449,49 @@ mod tests {
 
     #[test]
     fn an_invalid_version_leaves_the_last_valid_one_in_force() {
-        let mut store = Store::new(settings());
-        store.apply_entry(version("1", Ok(entry("shop", "192.0.2.1"))));
+        let mut store = Store::new(Settings::example());
+        store.apply_document(version("1", Ok(entry("shop", "192.0.2.1"))));
         let before = store.revisions();
-        store.apply_entry(version("1", Err("bad")));
+        store.apply_document(version("1", Err("bad")));
         assert_eq!((addresses(&store), store.revisions()), (vec!["192.0.2.1/32".to_owned()], before));
         let rejected = store.report().rejected;
         assert_eq!(rejected[0].to_string(), "ServiceEntry/shop/db: bad; its last valid version stays in force");
-        store.replace_entries(&there(), vec![version("1", Err("worse"))]);
+        store.replace_documents(&there(), vec![version("1", Err("worse"))]);
         assert_eq!(addresses(&store).len(), 1);
-        store.apply_entry(version("1", Ok(entry("shop", "192.0.2.2"))));
+        store.apply_document(version("1", Ok(entry("shop", "192.0.2.2"))));
         assert!(addresses(&store) == ["192.0.2.2/32"] && store.report().rejected.is_empty());
     }
 
     #[test]
     fn a_namesake_does_not_inherit_what_its_predecessor_said() {
-        let mut store = Store::new(settings());
-        store.apply_entry(version("1", Ok(entry("shop", "192.0.2.1"))));
+        let mut store = Store::new(Settings::example());
+        store.apply_document(version("1", Ok(entry("shop", "192.0.2.1"))));
         let before = store.revisions().policies;
-        store.replace_entries(&there(), vec![version("2", Err("bad"))]);
+        store.replace_documents(&there(), vec![version("2", Err("bad"))]);
         assert!(addresses(&store).is_empty() && store.revisions().policies > before);
         assert_eq!(store.report().rejected[0].to_string(), "ServiceEntry/shop/db: bad; it has no effect");
     }
 
     #[test]
     fn what_is_not_listed_any_more_is_gone_and_what_is_the_same_is_no_change() {
-        let mut store = Store::new(settings());
-        store.replace_entries(&there(), vec![version("1", Ok(entry("shop", "192.0.2.1")))]);
+        let mut store = Store::new(Settings::example());
+        store.replace_documents(&there(), vec![version("1", Ok(entry("shop", "192.0.2.1")))]);
         let before = store.revisions();
-        store.replace_entries(&there(), vec![version("1", Ok(entry("shop", "192.0.2.1")))]);
-        store.replace_entries(&there(), Vec::new());
+        store.replace_documents(&there(), vec![version("1", Ok(entry("shop", "192.0.2.1")))]);
+        store.replace_documents::<ServiceEntry>(&there(), Vec::new());
         assert_eq!(store.revisions(), before);
-        store.replace_entries(&BTreeSet::new(), Vec::new());
+        store.replace_documents::<ServiceEntry>(&BTreeSet::new(), Vec::new());
         assert!(addresses(&store).is_empty() && store.revisions() != before);
     }
 
     #[test]
     fn entries_count_where_they_are_meant_to() {
-        let mut store = Store::new(Settings { entries_from: BTreeSet::from(["infra".to_owned()]), ..settings() });
-        store.apply_entry(version("1", Ok(entry("shop", "192.0.2.1"))));
-        store.replace_entries(&there(), vec![version("1", Ok(entry("shop", "192.0.2.1")))]);
+        let mut store =
+            Store::new(Settings { entries_from: BTreeSet::from(["infra".to_owned()]), ..Settings::example() });
+        store.apply_document(version("1", Ok(entry("shop", "192.0.2.1"))));
+        store.replace_documents(&there(), vec![version("1", Ok(entry("shop", "192.0.2.1")))]);
         assert!(addresses(&store).is_empty());
-        store.delete_entry(&("shop".into(), "db".into()));
+        store.delete_document::<ServiceEntry>(&("shop".into(), "db".into()));
     }
 
     fn namespace(name: &str, mode: Option<&str>) -> Namespace {
@@ -507,7 +508,7 @@ mod tests {
     fn the_label_of_a_namespace_says_what_holds_of_its_pods() {
         use NodeAction::{Allow, Audit, Deny};
         let defaults = |all_namespaces: bool| {
-            let mut store = Store::new(Settings { all_namespaces, ..settings() });
+            let mut store = Store::new(Settings { all_namespaces, ..Settings::example() });
             let namespaces = [
                 ("strict", Some("enforce")),
                 ("watched", Some("Audit")),
@@ -531,7 +532,7 @@ mod tests {
 
     #[test]
     fn a_pod_is_known_once_its_namespace_is() {
-        let mut store = Store::new(settings());
+        let mut store = Store::new(Settings::example());
         store.apply_pod(&pod("new"));
         let is_known = |store: &Store| matches!(store.snapshot().pods.place("kubepods/podnew-uid"), Place::Pod(_));
         assert!(!is_known(&store));
@@ -548,9 +549,9 @@ mod tests {
 
     #[test]
     fn all_four_kinds_must_have_been_listed() {
-        let mut store = Store::new(settings());
-        store.replace_entries(&BTreeSet::new(), Vec::new());
-        store.replace_policies(&BTreeSet::new(), Vec::new());
+        let mut store = Store::new(Settings::example());
+        store.replace_documents::<ServiceEntry>(&BTreeSet::new(), Vec::new());
+        store.replace_documents::<EgressPolicy>(&BTreeSet::new(), Vec::new());
         store.replace_namespaces(Vec::new());
         assert!(store.failed(Kinds::Pods, "403".to_owned()) && !store.failed(Kinds::Pods, "403".to_owned()));
         assert_eq!((store.revisions().is_synced, store.report().missing().as_str()), (false, "pods: 403"));
@@ -565,9 +566,9 @@ mod tests {
         let text = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: a }\nspec: {}\n";
         let policy = load_text("x.yaml", text).policies.egress_policies.pop().unwrap();
         assert_eq!(policy.reach, Reach::Anything);
-        let mut store = Store::new(settings());
+        let mut store = Store::new(Settings::example());
         let read = Ok(EgressPolicy { reach: Reach::Namespace, ..policy });
-        store.apply_policy(Version { key: ("default".into(), "a".into()), uid: "1".into(), read });
+        store.apply_document(Version { key: ("default".into(), "a".into()), uid: "1".into(), read });
         assert_eq!(store.snapshot().egress_policies[0].reach, Reach::Namespace);
     }
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use kube::{
-    Api, Client, Error, ResourceExt as _,
+    Api, Client, ResourceExt as _,
     api::{DynamicObject, ObjectMeta},
     core::{ApiResource, GroupVersionKind},
 };
@@ -16,21 +16,21 @@ use serde::Deserialize;
 use tokio::{
     sync::watch as channel,
     task::JoinSet,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep},
 };
 
 use super::{
-    Selection, Shared,
+    Selection, Settings, Shared,
     answer::{Answers, Verdict},
-    client::explain,
-    object,
-    store::{Key, Kinds, Namespace, Version},
+    client::answered,
+    object::{self, Read},
+    store::{Document, Key, Kinds, Namespace, Version},
     watch::{Selector, Sink, follow},
 };
 use crate::{
     pods::{Owner, PodInfo},
     policy::{
-        Kind,
+        EgressPolicy, Kind, ServiceEntry,
         object::{EGRESS_GROUP, EGRESS_VERSIONS, ISTIO_GROUP, ISTIO_VERSIONS},
     },
 };
@@ -47,8 +47,8 @@ pub(super) async fn run(client: Client, shared: Arc<Shared>, wanted: channel::Re
     let answers = Answers::start(client.clone(), shared.store().settings.node.clone());
     let node = format!("spec.nodeName={}", shared.store().settings.node);
     tokio::join!(
-        custom(&client, &shared, &ENTRIES, Entries { shared: &shared, seen: HashMap::new(), answers: &answers }),
-        custom(&client, &shared, &POLICIES, Policies { shared: &shared, seen: HashMap::new(), answers: &answers }),
+        custom(&client, Documents::entries(&shared, &answers)),
+        custom(&client, Documents::policies(&shared, &answers)),
         core(&client, "Namespace", Selector::default(), Namespaces(&shared)),
         core(&client, "Pod", Selector { fields: Some(node), labels: None }, Pods(&shared)),
         endpoints(&client, &shared, wanted),
@@ -84,14 +84,14 @@ const POLICIES: Custom = Custom {
 impl Custom {
     /// The first of the versions that the API serves.
     async fn served(&self, client: &Client) -> Result<Option<ApiResource>, String> {
-        let groups = answered(client.list_api_groups()).await?;
+        let groups = answered(PATIENCE, client.list_api_groups()).await?;
         let Some(group) = groups.groups.iter().find(|group| group.name == self.group) else { return Ok(None) };
         for &version in self.versions {
             let group_version = format!("{}/{version}", self.group);
             if !group.versions.iter().any(|served| served.group_version == group_version) {
                 continue;
             }
-            let resources = answered(client.list_api_group_resources(&group_version)).await?;
+            let resources = answered(PATIENCE, client.list_api_group_resources(&group_version)).await?;
             if resources.resources.iter().any(|resource| resource.name == self.plural) {
                 let kind = GroupVersionKind::gvk(self.group, version, self.kind.as_str());
                 return Ok(Some(ApiResource::from_gvk_with_plural(&kind, self.plural)));
@@ -101,14 +101,8 @@ impl Custom {
     }
 }
 
-async fn answered<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, String> {
-    match timeout(PATIENCE, request).await {
-        Ok(answer) => answer.map_err(|error| explain(&error)),
-        Err(_) => Err("the server does not answer".to_owned()),
-    }
-}
-
-async fn custom(client: &Client, shared: &Shared, custom: &Custom, mut sink: impl Sink<DynamicObject>) {
+async fn custom<T: Document>(client: &Client, mut sink: Documents<'_, T>) {
+    let (shared, custom) = (sink.shared, sink.custom);
     let start = Instant::now();
     loop {
         let is_synced = shared.store().is_synced(custom.kinds);
@@ -167,95 +161,77 @@ fn connected(shared: &Shared, kind: Kinds) {
     }
 }
 
-struct Entries<'a> {
+/// Objects that are read as policy documents.
+struct Documents<'a, T> {
     shared: &'a Shared,
-    /// By key, the version that was read last.
-    seen: HashMap<Key, (String, String)>,
+    settings: Settings,
+    custom: &'static Custom,
+    /// By key, the uid and the stamp of the version that was read last.
+    seen: HashMap<Key, (String, Option<String>)>,
     answers: &'a Answers,
+    /// What is another wherever an object says something else; `None` if nobody can tell.
+    stamp: fn(&DynamicObject) -> Option<String>,
+    read: fn(&DynamicObject, &Settings) -> Read<T>,
 }
 
-impl Entries<'_> {
+impl<'a> Documents<'a, ServiceEntry> {
+    fn entries(shared: &'a Shared, answers: &'a Answers) -> Self {
+        Self {
+            shared,
+            settings: shared.store().settings.clone(),
+            custom: &ENTRIES,
+            seen: HashMap::new(),
+            answers,
+            stamp: |object| Some(object.resource_version().unwrap_or_default()),
+            read: |object, _| object::service_entry(object),
+        }
+    }
+}
+
+impl<'a> Documents<'a, EgressPolicy> {
+    fn policies(shared: &'a Shared, answers: &'a Answers) -> Self {
+        Self {
+            shared,
+            settings: shared.store().settings.clone(),
+            custom: &POLICIES,
+            seen: HashMap::new(),
+            answers,
+            // A new status is no new policy.
+            stamp: |object| object.metadata.generation.map(|generation| generation.to_string()),
+            read: object::egress_policy,
+        }
+    }
+}
+
+impl<T> Documents<'_, T> {
     /// `None` if this version was read already.
-    fn read(&mut self, object: &DynamicObject) -> Option<Version<crate::policy::ServiceEntry>> {
+    fn read(&mut self, object: &DynamicObject) -> Option<Version<T>> {
         let (key, uid) = (key(&object.metadata), object.uid().unwrap_or_default());
-        let stamp = (uid.clone(), object.resource_version().unwrap_or_default());
-        if self.seen.insert(key.clone(), stamp.clone()) == Some(stamp) {
-            return None;
-        }
-        let read = object::service_entry(object);
-        tell(Kind::ServiceEntry, &key, read.valid.as_ref().err(), &read.warnings);
-        self.answers.answer(object, Verdict::of(Kind::ServiceEntry, read.valid.as_ref()));
-        Some(Version { key, uid, read: read.valid })
-    }
-}
-
-impl Sink<DynamicObject> for Entries<'_> {
-    fn replace(&mut self, objects: Vec<DynamicObject>) {
-        let there: BTreeSet<Key> = objects.iter().map(|object| key(&object.metadata)).collect();
-        let versions = objects.iter().filter_map(|object| self.read(object)).collect();
-        self.seen.retain(|key, _| there.contains(key));
-        self.shared.change(|store| store.replace_entries(&there, versions));
-    }
-
-    fn apply(&mut self, object: DynamicObject) {
-        if let Some(version) = self.read(&object) {
-            self.shared.change(|store| store.apply_entry(version));
-        }
-    }
-
-    fn delete(&mut self, object: DynamicObject) {
-        let key = key(&object.metadata);
-        self.seen.remove(&key);
-        self.shared.change(|store| store.delete_entry(&key));
-    }
-
-    fn connected(&mut self) {
-        connected(self.shared, Kinds::Entries);
-    }
-
-    fn failed(&mut self, error: String) {
-        failed(self.shared, Kinds::Entries, &error);
-    }
-}
-
-struct Policies<'a> {
-    shared: &'a Shared,
-    /// By key, the generation that was read last: a new status is no new policy.
-    seen: HashMap<Key, (String, Option<i64>)>,
-    answers: &'a Answers,
-}
-
-impl Policies<'_> {
-    fn read(&mut self, object: &DynamicObject) -> Option<Version<crate::policy::EgressPolicy>> {
-        let (key, uid) = (key(&object.metadata), object.uid().unwrap_or_default());
-        let stamp = (uid.clone(), object.metadata.generation);
-        let is_known = self.seen.insert(key.clone(), stamp.clone()) == Some(stamp.clone()) && stamp.1.is_some();
+        let seen = (uid.clone(), (self.stamp)(object));
+        let is_known = seen.1.is_some() && self.seen.get(&key) == Some(&seen);
+        self.seen.insert(key.clone(), seen);
         self.answers.saw(object);
         if is_known {
             return None;
         }
-        let (root_namespace, may_terminate) = {
-            let settings = &self.shared.store().settings;
-            (settings.root_namespace.clone(), settings.may_terminate)
-        };
-        let read = object::egress_policy(object, &root_namespace, may_terminate);
-        tell(Kind::EgressPolicy, &key, read.valid.as_ref().err(), &read.warnings);
-        self.answers.answer(object, Verdict::of(Kind::EgressPolicy, read.valid.as_ref()));
+        let (kind, read) = (self.custom.kind, (self.read)(object, &self.settings));
+        tell(kind, &key, read.valid.as_ref().err(), &read.warnings);
+        self.answers.answer(object, Verdict::of(kind, read.valid.as_ref()));
         Some(Version { key, uid, read: read.valid })
     }
 }
 
-impl Sink<DynamicObject> for Policies<'_> {
+impl<T: Document> Sink<DynamicObject> for Documents<'_, T> {
     fn replace(&mut self, objects: Vec<DynamicObject>) {
         let there: BTreeSet<Key> = objects.iter().map(|object| key(&object.metadata)).collect();
         let versions = objects.iter().filter_map(|object| self.read(object)).collect();
         self.seen.retain(|key, _| there.contains(key));
-        self.shared.change(|store| store.replace_policies(&there, versions));
+        self.shared.change(|store| store.replace_documents(&there, versions));
     }
 
     fn apply(&mut self, object: DynamicObject) {
         if let Some(version) = self.read(&object) {
-            self.shared.change(|store| store.apply_policy(version));
+            self.shared.change(|store| store.apply_document(version));
         }
     }
 
@@ -263,15 +239,15 @@ impl Sink<DynamicObject> for Policies<'_> {
         let key = key(&object.metadata);
         self.seen.remove(&key);
         self.answers.forget(&object);
-        self.shared.change(|store| store.delete_policy(&key));
+        self.shared.change(|store| store.delete_document::<T>(&key));
     }
 
     fn connected(&mut self) {
-        connected(self.shared, Kinds::Policies);
+        connected(self.shared, self.custom.kinds);
     }
 
     fn failed(&mut self, error: String) {
-        failed(self.shared, Kinds::Policies, &error);
+        failed(self.shared, self.custom.kinds, &error);
     }
 }
 

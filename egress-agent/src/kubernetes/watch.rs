@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error as ThisError;
 use tokio::time::{sleep, timeout};
 
-use super::client::{explain, shortened};
+use super::client::{SILENCE, explain, shortened};
 
 /// Objects of one page of a list.
 const PAGE: u32 = 500;
@@ -57,7 +57,7 @@ enum Failure {
     #[error("{}", explain(.0))]
     Request(#[from] Error),
     /// There was no answer.
-    #[error("the server does not answer")]
+    #[error("{SILENCE}")]
     Silent,
     /// The server ended the watch at once.
     #[error("the server ends every watch at once")]

@@ -140,10 +140,14 @@ impl Serialize for Finding {
 
 /// A value from a file for use in a message: in backticks, of bounded length, harmless to a terminal.
 pub fn quoted(text: &str) -> String {
-    const LONGEST: usize = 80;
-    let shown: String = text.chars().take(LONGEST).collect();
+    format!("`{}`", shortened(text, 80))
+}
+
+/// The first characters of a text, harmless to a terminal.
+pub fn shortened(text: &str, longest: usize) -> String {
+    let shown: String = text.chars().take(longest).collect();
     let more = if shown.len() < text.len() { "…" } else { "" };
-    format!("`{}{more}`", printable(&shown))
+    format!("{}{more}", printable(&shown))
 }
 
 /// The text with everything a terminal would obey or hide written as `\u{…}`.

@@ -115,12 +115,13 @@ fn known(
 
 /// Any other group: skipped, unless it is one of our kinds under a wrong name.
 fn foreign(decoder: &mut Decoder<'_>, path: &FieldPath<'_>, api_version: Located<'_>, kind: Located<'_>) -> Role {
-    let ours = [(Kind::ServiceEntry, "networking.istio.io/v1"), (Kind::EgressPolicy, "egress.filter/v1alpha1")];
-    let Some((ours, right)) = ours.iter().find(|(ours, _)| ours.as_str().eq_ignore_ascii_case(kind.0)) else {
+    let is_meant = |ours: &Kind| ours.as_str().eq_ignore_ascii_case(kind.0);
+    let Some(ours) = [Kind::ServiceEntry, Kind::EgressPolicy].into_iter().find(is_meant) else {
         return skip(decoder, path, kind);
     };
     let message = format!("`{}` is not a kind of {}", ours.as_str(), quoted(api_version.0));
-    decoder.say(Code::UnknownKind, api_version.1, &path.field("apiVersion"), message, format!("write `{right}`"));
+    let help = format!("write `{}`", ours.api_version());
+    decoder.say(Code::UnknownKind, api_version.1, &path.field("apiVersion"), message, help);
     Role::None
 }
 

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    compile::{Context, Names, NodeAction, NodeDefault, PodContext, compile},
+    compile::{Context, NodeAction, NodeDefault, compile},
     policy::PolicySet,
     ruleset::Ruleset,
     workload::Workload,
@@ -122,8 +122,7 @@ type AnyScope = (u8, BTreeMap<u32, prop::sample::Index>);
 
 fn layout(scopes: Vec<AnyScope>, placed: BTreeMap<u64, (u8, u8)>) -> Layout {
     let node_default = NodeDefault { action: NodeAction::Allow, loopback: false, dns: false };
-    let context =
-        Context { node_default, system_resolvers: Vec::new(), names: Names::default(), pods: PodContext::default() };
+    let context = Context::new(node_default);
     let ruleset: Arc<Ruleset> = Arc::new(compile(&PolicySet::default(), &Workload::default(), &context).unwrap());
     let count = scopes.len();
     // Scopes of users have no users of their own.
