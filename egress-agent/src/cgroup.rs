@@ -5,16 +5,17 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
-    os::unix::{
-        ffi::{OsStrExt, OsStringExt},
-        fs::MetadataExt,
-    },
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Component, Path, PathBuf},
 };
 
 use rustix::{fs::statfs, thread::gettid};
 use thiserror::Error;
 
+use crate::mounts;
+
+/// The type of the file system.
+const CGROUP2: &str = "cgroup2";
 /// `CGROUP2_SUPER_MAGIC` of `linux/magic.h`.
 const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
 /// The inode of the hierarchy's root: the first that `kernfs_create_root` gives.
@@ -76,19 +77,7 @@ pub enum CgroupError {
 /// In a cgroup namespace the root of a mount in mountinfo is told from the namespace's own root, so `/` may be a part of the
 /// hierarchy and `/../..` all of it. What tells is the inode: that of the hierarchy's root is 1.
 pub fn mount_point() -> Result<PathBuf, CgroupError> {
-    let mounts = fs::read("/proc/self/mountinfo").map_err(CgroupError::MountInfo)?;
-    root_among(cgroup2_mounts(&mounts), inode_on_cgroup2)
-}
-
-/// Fields of a line, by `proc_pid_mountinfo(5)`: 5 is the mount point; the type of the file system follows a lone `-`.
-fn cgroup2_mounts(mounts: &[u8]) -> Vec<PathBuf> {
-    let of_line = |line: &[u8]| {
-        let mut fields = line.split(|&byte| byte == b' ');
-        let point = fields.nth(4)?;
-        let kind = fields.skip_while(|&field| field != b"-").nth(1)?;
-        (kind == b"cgroup2").then(|| unescape(point))
-    };
-    mounts.split(|&byte| byte == b'\n').filter_map(of_line).collect()
+    root_among(mounts::of_type(CGROUP2).map_err(CgroupError::MountInfo)?, inode_on_cgroup2)
 }
 
 /// `inode` is `None` where another mount hides the mount point.
@@ -105,26 +94,6 @@ fn root_among(points: Vec<PathBuf>, inode: impl Fn(&Path) -> Option<u64>) -> Res
 fn inode_on_cgroup2(path: &Path) -> Option<u64> {
     let meta = is_on_cgroup2(path).then(|| fs::metadata(path));
     meta?.ok().map(|meta| meta.ino())
-}
-
-/// Blanks and backslashes stand as three octal digits in mountinfo.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&first, after)) = rest.split_first() {
-        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if first == b'\\' => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = after;
-            }
-        }
-    }
-    OsString::from_vec(bytes).into()
 }
 
 /// An open cgroup to attach to.
@@ -304,7 +273,7 @@ mod tests {
     /// The mount that is chosen, where `roots` have the inode of the root and `hidden` cannot be seen.
     fn chosen(mounts: &[u8], roots: &[&str], hidden: &[&str]) -> Result<PathBuf, CgroupError> {
         let is_one = |path: &Path, of: &[&str]| of.iter().any(|one| path == Path::new(one));
-        root_among(cgroup2_mounts(mounts), |path| {
+        root_among(mounts::parse(mounts, CGROUP2), |path| {
             (!is_one(path, hidden)).then(|| if is_one(path, roots) { ROOT_INODE } else { 4711 })
         })
     }
@@ -323,12 +292,6 @@ mod tests {
         assert_eq!(chosen(CONTAINER, &["/host/cgroup"], &[]).unwrap(), Path::new("/host/cgroup"));
         let error = chosen(CONTAINER, &[], &["/x"]).unwrap_err().to_string();
         assert!(error.contains("cgroup2 at /host/cgroup is a container's own part"), "{error}");
-    }
-
-    #[test]
-    fn blanks_in_a_mount_point_are_unescaped() {
-        assert_eq!(cgroup2_mounts(b"1 2 0:3 / /a\\040b rw - cgroup2 x rw"), [Path::new("/a b")]);
-        assert_eq!(unescape(b"\\9"), PathBuf::from("\\9"));
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod existing;
 pub mod explain;
 mod hierarchy;
 pub mod kubernetes;
+mod mounts;
 pub mod pins;
 pub mod pods;
 pub mod policy;

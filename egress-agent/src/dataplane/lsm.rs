@@ -1,11 +1,13 @@
 //! Whether the kernel asks BPF programs as a security module.
 
-use std::fs;
+use std::{fs, path::PathBuf};
+
+use crate::mounts;
 
 /// `CONFIG_BPF_LSM` is not enough: BPF must also be among the modules that are active (`lsm=` of the kernel's command line, or
-/// `CONFIG_LSM`). Elsewhere programs are loaded and attached all the same, and never run.
-pub(super) fn is_active() -> bool {
-    listed_by_the_kernel().unwrap_or_else(listed_in_securityfs)
+/// `CONFIG_LSM`). Elsewhere programs are loaded and attached all the same, and never run. `None` where it cannot be told.
+pub(super) fn is_active() -> Option<bool> {
+    listed_by_the_kernel().or_else(|| listed_in_securityfs(mounts::of_type("securityfs").ok()?))
 }
 
 /// Asks `lsm_list_modules(2)`, which Linux has since 6.8.
@@ -22,8 +24,25 @@ fn listed_by_the_kernel() -> Option<bool> {
     Some(ids.iter().take(count).any(|&id| id == LSM_ID_BPF))
 }
 
-/// Reads what older kernels tell only where `securityfs` is mounted.
-fn listed_in_securityfs() -> bool {
-    let listed = fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
-    listed.trim().split(',').any(|name| name == "bpf")
+/// Reads what older kernels tell only where `securityfs` is mounted. `AppArmor`'s profile of containers hides it below `/sys`: what
+/// is mounted elsewhere is as good.
+fn listed_in_securityfs(mounts: Vec<PathBuf>) -> Option<bool> {
+    let listed = mounts.into_iter().find_map(|mount| fs::read_to_string(mount.join("lsm")).ok())?;
+    Some(listed.trim().split(',').any(|name| name == "bpf"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_that_cannot_be_read_hides_no_other() {
+        let (hidden, seen) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mounts = || vec![hidden.path().to_owned(), seen.path().to_owned()];
+        assert_eq!(listed_in_securityfs(mounts()), None);
+        for (listed, is_active) in [("capability,bpf\n", true), ("lockdown,bpfx", false)] {
+            fs::write(seen.path().join("lsm"), listed).unwrap();
+            assert_eq!(listed_in_securityfs(mounts()), Some(is_active), "{listed}");
+        }
+    }
 }

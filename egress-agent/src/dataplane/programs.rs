@@ -40,7 +40,13 @@ impl Hooks {
         let mut hooks = Self::default();
         let is_wanted = |hook: &Hook| match hook {
             Hook::Egress => guard == PacketGuard::On,
-            Hook::SocketCreate => lsm::is_active(),
+            Hook::SocketCreate => lsm::is_active().unwrap_or_else(|| {
+                tracing::info!(
+                    "it cannot be told whether BPF is a security module, so packet and vsock sockets are not refused: \
+                     mount securityfs, or allow lsm_list_modules(2)"
+                );
+                false
+            }),
             _ => true,
         };
         for &hook in Hook::ALL.iter().filter(|&hook| is_wanted(hook)) {
