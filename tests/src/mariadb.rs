@@ -30,12 +30,12 @@ impl Server {
     pub fn start(namespace: &Netns, address: &str) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("egress-mariadb-").tempdir()?;
         let data = directory.path().join("data");
-        initialise(&data)?;
+        initialise(&data, directory.path())?;
         let setup = directory.path().join("setup.sql");
         fs::write(&setup, setup_statements())?;
         let log = fs::File::create(directory.path().join("log"))?;
         let mut command = namespace.command(companion("mariadb/bin/mariadbd")?, None)?;
-        command.arg(format!("--bind-address={address}")).arg("--port=3306");
+        command.arg(format!("--bind-address={address}")).arg("--port=3306").env("TMPDIR", directory.path());
         for (option, path) in [
             ("datadir", &data),
             ("init-file", &setup),
@@ -70,10 +70,11 @@ impl Drop for Server {
     }
 }
 
-fn initialise(data: &Path) -> Result<()> {
+/// A server that starts removes the temporary tables of every other one that has the same directory for them.
+fn initialise(data: &Path, temporary: &Path) -> Result<()> {
     let mut install = Command::new(companion("mariadb/bin/mariadb-install-db")?);
     install.args(["--auth-root-authentication-method=normal", "--skip-test-db"]);
-    install.arg(format!("--datadir={}", data.display()));
+    install.arg(format!("--datadir={}", data.display())).env("TMPDIR", temporary);
     let output = install.output().context("cannot run mariadb-install-db")?;
     if !output.status.success() {
         bail!("mariadb-install-db failed: {}", text(&output));

@@ -36,7 +36,7 @@ use tempfile::TempDir;
 
 const CAPABILITIES: [&str; 4] = ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON", "CAP_SYS_PTRACE"];
 const HOST_CGROUP: &str = "/host/cgroup";
-const PINS: &str = "/sys/fs/bpf";
+const PINS: &str = "/host/bpf";
 const RUN: &str = "/run/egress";
 const POLICIES: &str = "/etc/egress/policies";
 
@@ -54,7 +54,10 @@ fn agent(bpffs: &Bpffs, policies: &Path, filtered: &Cgroup) -> Result<Spec> {
         root: Some(image()?),
         args: args.map(str::to_owned).to_vec(),
         // An engine would mount a resolv.conf.
-        variables: BTreeMap::from([("EGRESS_RESOLVER".to_owned(), "127.0.0.1:1".to_owned())]),
+        variables: BTreeMap::from([
+            ("EGRESS_RESOLVER".to_owned(), "127.0.0.1:1".to_owned()),
+            ("EGRESS_PIN_DIR".to_owned(), format!("{PINS}/egress")),
+        ]),
         capabilities: CAPABILITIES.to_vec(),
         mounts: BTreeMap::from([
             (HOST_CGROUP.into(), Mount::ReadOnly(mount_point()?)),
@@ -73,13 +76,12 @@ fn status(pid: u32, name: &str) -> String {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t")).unwrap().to_owned()
 }
 
-/// A client in a container of its own asks for the ratings: what it got, and its container.
-fn ask(scenario: &Scenario) -> (Answer, Container) {
+/// A client in a container of its own asks for the ratings.
+fn ask(scenario: &Scenario) -> Answer {
     let command = client(Command::new(companion("mariadb/bin/mariadb").unwrap()), SERVER);
     let spec = Spec::of_this_host(&command, &companion("mariadb").unwrap(), &scenario.workload).unwrap();
     let container = Container::new(&spec, &scenario.cgroup).unwrap();
-    let output = container.command().unwrap().output().unwrap();
-    (answer(&output), container)
+    answer(&container.command().unwrap().output().unwrap())
 }
 
 /// Runs the scenario between containers.
@@ -96,17 +98,15 @@ fn scenario(seccomp: Option<&Value>) {
     assert_eq!(status(pid, "NoNewPrivs"), "1");
     assert_eq!(status(pid, "Seccomp"), if seccomp.is_some() { "2" } else { "0" });
 
-    let (refused, container) = ask(&scenario);
+    let refused = ask(&scenario);
     let (said, denial) = scenario.refused(refused).unwrap();
     assert!(said.contains("Operation not permitted") || said.contains("(1)"), "{said}");
     assert_eq!((&denial["verdict"], &denial["reason"]), (&"deny".into(), &"no_rule".into()));
     assert_eq!((&denial["destination"]["address"], &denial["destination"]["port"]), (&SERVER.into(), &3306.into()));
     assert_eq!(denial["process"]["comm"], "mariadb");
-    assert_eq!(denial["cgroup"]["path"], container.cgroup());
-    assert_eq!(denial["container_id"], container.id());
 
     scenario.add_policy(2).unwrap();
-    let (Answer::Ratings(ratings), _) = ask(&scenario) else { panic!("the policy did not open the database") };
+    let Answer::Ratings(ratings) = ask(&scenario) else { panic!("the policy did not open the database") };
     assert_eq!(ratings, "5\n4");
     let output = scenario.agent.container().unwrap().exec(&["/egress-agent", "status", "--output", "json"]).unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -116,7 +116,7 @@ fn scenario(seccomp: Option<&Value>) {
     assert_eq!(status["policy"]["generation"], 2);
 
     scenario.remove_policy(3).unwrap();
-    let (refused, _) = ask(&scenario);
+    let refused = ask(&scenario);
     scenario.refused(refused).unwrap();
 
     let (status, denials, log) = scenario.agent.stop().unwrap();
@@ -150,7 +150,7 @@ const CLOSED: &str = "203.0.113.9";
 struct Workload {
     // In the order in which they are to go.
     dialer: Dialer,
-    _container: Container,
+    container: Container,
     _network: Netns,
 }
 
@@ -161,7 +161,7 @@ impl Workload {
         let spec = Spec::of_this_host(&Command::new(dial), dial.parent().unwrap(), &network).unwrap();
         let container = Container::new(&spec, cgroup).unwrap();
         let dialer = Dialer::spawn(container.command().unwrap()).unwrap();
-        Self { dialer, _container: container, _network: network }
+        Self { dialer, container, _network: network }
     }
 
     fn is_refused(&mut self, address: &str) -> bool {
@@ -217,6 +217,8 @@ fn killed_in_its_container_its_rules_stay_until_the_next_container_has_taken_ove
     let denial = first.denial().unwrap();
     // It takes the host's processes and CAP_SYS_PTRACE to see which program that was.
     assert!(denial["process"]["exe"].as_str().is_some_and(|exe| exe.ends_with("/dial")), "{denial:#}");
+    assert_eq!(denial["cgroup"]["path"], workload.container.cgroup());
+    assert_eq!(denial["container_id"], workload.container.id());
     let stop = AtomicBool::new(false);
     let (calls, status) = thread::scope(|scope| {
         let dialing = scope.spawn(|| {
@@ -260,7 +262,7 @@ fn without_a_mount_or_a_capability_it_says_what_is_missing() {
     };
     for (mount, says) in [
         (HOST_CGROUP, "no cgroup2 file system is mounted"),
-        (PINS, "/sys/fs/bpf/egress is not on a bpf file system"),
+        (PINS, "/host/bpf/egress is not on a bpf file system"),
         (POLICIES, "/etc/egress/policies"),
     ] {
         let (status, log) = node.outcome(&without(mount));
