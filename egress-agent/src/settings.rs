@@ -1,7 +1,8 @@
 //! Where the settings of `run` come from: flags, the environment, a file, the defaults, in that order of strength.
 //!
 //! What the file says becomes the default of the flag, so that clap knows one order of strength, and `run --help` states
-//! what holds. The file is a mapping of flags, without their dashes, to values; only root can have written it.
+//! what holds. The file is a mapping of flags, without their dashes, to values; only root can have written it. Where it tells the
+//! agent to be found, whoever looks for an agent believes it.
 
 use std::{
     env,
@@ -36,6 +37,10 @@ pub const CONFIG: &str = "EGRESS_CONFIG";
 
 /// The subcommand whose flags the file sets.
 const RUN: &str = "run";
+/// The subcommands that look for an agent.
+const SEEKERS: [&str; 3] = ["status", "reload", "detach"];
+/// The flags that tell them where.
+const PLACES: [&str; 2] = ["pin-dir", "run-dir"];
 
 /// Why the settings are not known.
 #[derive(Debug, Error)]
@@ -84,11 +89,12 @@ fn list(complaints: &[Complaint]) -> String {
 pub fn command(args: &[OsString], env: impl Fn(&str) -> Option<OsString>) -> Result<Command, SettingsError> {
     let command = Cli::command().mut_subcommand(RUN, |run| run.mut_args(with_strict_switch));
     let asked = Asked::of(args, &command);
-    if asked.subcommand != Some(OsStr::new(RUN)) {
+    let is_seeker = asked.subcommand.is_some_and(|name| SEEKERS.iter().any(|seeker| name == *seeker));
+    if !is_seeker && asked.subcommand != Some(OsStr::new(RUN)) {
         return Ok(command);
     }
     let named = asked.file.or_else(|| env(CONFIG)).filter(|name| !name.is_empty()).map(PathBuf::from);
-    match settings(&command, named) {
+    match settings(&command, named, is_seeker) {
         Ok(settings) => Ok(settings.into_iter().fold(command, with_default)),
         // Whoever mends a file needs the help more than what the file says.
         Err(_) if asked.help => Ok(command),
@@ -184,8 +190,9 @@ struct Setting {
     values: Vec<OsString>,
 }
 
-/// What the file says; nothing if none is named and the default one is not there.
-fn settings(command: &Command, named: Option<PathBuf>) -> Result<Vec<Setting>, SettingsError> {
+/// What the file says; nothing if none is named and the default one is not there. Whoever only seeks an agent is not stopped by
+/// what is wrong with other settings.
+fn settings(command: &Command, named: Option<PathBuf>, only_places: bool) -> Result<Vec<Setting>, SettingsError> {
     let is_named = named.is_some();
     let file = named.unwrap_or_else(|| DEFAULT_FILE.into());
     let bytes = match read_trusted(&file) {
@@ -193,14 +200,19 @@ fn settings(command: &Command, named: Option<PathBuf>) -> Result<Vec<Setting>, S
         read => read?,
     };
     match String::from_utf8(bytes) {
-        Ok(text) => settings_in(command, &file, &text),
+        Ok(text) => settings_in(command, &file, &text, only_places),
         Err(_) => Err(LoadError::Unfit { path: file, message: "it is not UTF-8 text".to_owned() }.into()),
     }
 }
 
-fn settings_in(command: &Command, file: &Path, text: &str) -> Result<Vec<Setting>, SettingsError> {
+fn settings_in(command: &Command, file: &Path, text: &str, only_places: bool) -> Result<Vec<Setting>, SettingsError> {
     let mut reader = Reader { command, file, complaints: Vec::new() };
-    let settings = reader.read(text);
+    let mut settings = reader.read(text);
+    if only_places {
+        settings.retain(|setting| PLACES.contains(&&*setting.flag));
+        let matters = |setting: &str| setting.is_empty() || PLACES.contains(&setting);
+        reader.complaints.retain(|complaint| matters(&complaint.setting));
+    }
     if reader.complaints.is_empty() { Ok(settings) } else { Err(SettingsError::Invalid(reader.complaints)) }
 }
 
@@ -367,6 +379,8 @@ fn with_default(command: Command, setting: Setting) -> Command {
         };
         owner.mut_args(with)
     };
+    let seekers: &[&str] = if PLACES.contains(&&*flag) { &SEEKERS } else { &[] };
+    let command = seekers.iter().fold(command, |command, seeker| command.mut_subcommand(seeker, set));
     set(command.mut_subcommand(RUN, set))
 }
 
@@ -414,11 +428,37 @@ log: debug
         }
     }
 
+    #[test]
+    fn whoever_seeks_an_agent_looks_where_the_file_says() {
+        let (_directory, path) = file("pin-dir: /pins\nrun-dir: /run/x\noutput: json\ncgruop: misspelt\n");
+        let parsed = |line: &str| {
+            let args = words(line);
+            parse(command(&args, |_| None).unwrap(), args).unwrap().command
+        };
+        let of = |seeker: &str, more: &str| match parsed(&format!("egress-agent {seeker} --config {path}{more}")) {
+            cli::Command::Status(cli::StatusArgs { agent, output, .. }) => {
+                assert_eq!(output, None);
+                (agent.pin_dir, agent.run_dir)
+            }
+            cli::Command::Reload(args) => (args.agent.pin_dir, args.agent.run_dir),
+            cli::Command::Detach(args) => (args.pin_dir, "/run/x".into()),
+            other => panic!("{other:?}"),
+        };
+        for seeker in SEEKERS {
+            assert_eq!(of(seeker, ""), ("/pins".into(), "/run/x".into()), "{seeker}");
+            assert_eq!(of(seeker, " --pin-dir /flag").0, Path::new("/flag"), "{seeker}");
+        }
+        let (_directory, path) = file("pin-dir: [/a, /b]\n");
+        let seek = |name: &str| command(&words(&format!("egress-agent {name} --config {path}")), |_| None);
+        assert!(seek("status").is_err() && seek("detach").is_err());
+        assert!(seek("check").is_ok());
+    }
+
     /// What is said of a file with one line.
     #[track_caller]
     fn complains(line: &str, expected: &[&str]) {
         let text = format!("# settings\n{line}\n");
-        let error = settings_in(&Cli::command(), Path::new("agent.yaml"), &text).unwrap_err().to_string();
+        let error = settings_in(&Cli::command(), Path::new("agent.yaml"), &text, false).unwrap_err().to_string();
         assert!(expected.iter().all(|word| error.contains(word)), "{expected:?} in {error}");
     }
 
@@ -531,7 +571,7 @@ log: debug
     #[test]
     fn an_empty_file_sets_nothing() {
         for text in ["", "# nothing\n", "---\n"] {
-            assert_eq!(settings_in(&Cli::command(), Path::new("agent.yaml"), text).unwrap(), []);
+            assert_eq!(settings_in(&Cli::command(), Path::new("agent.yaml"), text, false).unwrap(), []);
         }
     }
 
