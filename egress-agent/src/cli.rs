@@ -17,6 +17,7 @@ use crate::{
     privileges::CapabilitySet,
     scopes::UnknownWorkloads,
     settings::CONFIG,
+    status::Probe,
 };
 
 /// Where rules are pinned by default.
@@ -38,7 +39,8 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "LEVEL", env = "EGRESS_LOG", default_value = "info")]
     pub log: LogLevel,
     /// Settings of `run`, one `flag: value` a line, as `policies: [/etc/egress/policies]`; flags and environment are
-    /// stronger. By default /etc/egress/agent.yaml, if it is there.
+    /// stronger. By default /etc/egress/agent.yaml, if it is there. Its `pin-dir` and `run-dir` are for `status`, `reload` and
+    /// `detach` as well.
     #[arg(long, global = true, value_name = "FILE", env = CONFIG)]
     pub config: Option<PathBuf>,
     /// What to do.
@@ -281,8 +283,12 @@ Reads what is pinned in the kernel, also when no agent runs, and asks the agent 
 
 Exit status: 0 enforcing and healthy, 1 enforcing but degraded, 3 not enforcing, 2 could not tell.
 
-Example:
-  egress-agent status --output json")]
+With --probe, which writes nothing if all is well, and is for whoever starts and restarts agents: 0 as asked, 1 not so,
+2 could not tell. What is degraded, such as an invalid policy, is not mended by a restart and does not count.
+
+Examples:
+  egress-agent status --output json
+  egress-agent status --probe Ready")]
 pub struct StatusArgs {
     /// Where the agent is found.
     #[command(flatten)]
@@ -290,6 +296,9 @@ pub struct StatusArgs {
     /// How the answer is written; text on a terminal, else one JSON object.
     #[arg(long, value_name = "FORMAT")]
     pub output: Option<Output>,
+    /// Only tell by the exit status whether the agent is as it must be.
+    #[arg(long, value_name = "STATE", conflicts_with = "output")]
+    pub probe: Option<Probe>,
 }
 
 /// Arguments of `reload`.

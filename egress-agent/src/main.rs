@@ -104,6 +104,13 @@ fn color() -> Color {
 
 fn status(args: &StatusArgs) -> anyhow::Result<u8> {
     let status = Status::read(&args.agent.pin_dir, &args.agent.run_dir)?;
+    if let Some(probe) = args.probe {
+        let is_met = status.is(probe);
+        if !is_met {
+            say(&format!("{status}"));
+        }
+        return Ok(u8::from(!is_met));
+    }
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match output(args.output) {
         Output::Text => write!(out, "{status}"),

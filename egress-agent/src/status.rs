@@ -19,6 +19,16 @@ use crate::{
     run::chain,
 };
 
+/// What a probe asks for. Neither is mended by waiting for what only an author of policies can mend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub enum Probe {
+    /// An agent runs and answers.
+    Live,
+    /// One does, and rules are in force.
+    Ready,
+}
+
 /// The answer of `status`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Status {
@@ -287,6 +297,13 @@ impl Status {
             self.degraded.push("the pins are gone: what is in force ends with the agent".to_owned());
         }
         (self.scopes, self.names, self.kubernetes) = (scopes, names, kubernetes);
+    }
+
+    /// Whether the agent is as a probe asks.
+    pub const fn is(&self, probe: Probe) -> bool {
+        // Only the agent itself tells since when it runs.
+        let is_live = self.agent.since.is_some();
+        is_live && (self.enforcing || matches!(probe, Probe::Live))
     }
 
     /// The exit status that the command line promises.

@@ -103,6 +103,17 @@ impl Place {
         Ok((output.status.code(), told))
     }
 
+    /// Whether a probe is met that asks for a state, and what it says.
+    pub fn probe(&self, state: &str) -> Result<(bool, String)> {
+        let output = self.output(&["status", "--probe", state])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        match output.status.code() {
+            Some(0) if said.is_empty() && output.stdout.is_empty() => Ok((true, said)),
+            Some(1) if !said.is_empty() && output.stdout.is_empty() => Ok((false, said)),
+            _ => bail!("the probe ends with {output:?}"),
+        }
+    }
+
     /// The names in the pin directory, sorted; none if it is not there.
     pub fn pinned(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.pins()).into_iter().flatten().flatten();

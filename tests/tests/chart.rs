@@ -386,10 +386,14 @@ fn by_default_the_agent_may_do_what_it_must_and_no_more() {
     let mounts = json!({
         "cgroup": { "name": "cgroup", "mountPath": "/host/cgroup", "readOnly": true },
         "bpf": { "name": "bpf", "mountPath": "/host/bpf" },
-        "security": { "name": "security", "mountPath": "/sys/kernel/security", "readOnly": true },
+        "security": { "name": "security", "mountPath": "/host/security", "readOnly": true },
         "run": { "name": "run", "mountPath": "/run/egress" },
     });
     assert_eq!(container["volumeMounts"], mounts);
+    for (probe, state) in [("startupProbe", "Ready"), ("readinessProbe", "Ready"), ("livenessProbe", "Live")] {
+        let command = json!(["/egress-agent", "status", "--probe", state]);
+        assert_eq!(container[probe]["exec"]["command"], command, "{probe}");
+    }
     let variables = json!({
         "EGRESS_NODE_NAME": { "name": "EGRESS_NODE_NAME", "valueFrom": { "fieldRef": { "fieldPath": "spec.nodeName" } } },
         "EGRESS_PIN_DIR": { "name": "EGRESS_PIN_DIR", "value": "/host/bpf/egress" },

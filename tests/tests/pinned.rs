@@ -258,13 +258,20 @@ fn what_a_start_left_half_made_is_swept() {
     expect_nothing_in_force(&mut world);
 }
 
+/// Whether probes for `Live` and `Ready` are met.
+fn probes(world: &World) -> [bool; 2] {
+    ["Live", "Ready"].map(|state| world.place.probe(state).unwrap().0)
+}
+
 #[test]
 fn status_tells_what_is_in_force_whether_an_agent_runs_or_not() {
     let world = World::opening(&[ONE]).unwrap();
     let nothing = status(&world, 3);
     assert_eq!((&nothing["enforcing"], &nothing["agent"]["running"]), (&false.into(), &false.into()));
+    assert_eq!(probes(&world), [false, false]);
 
     let agent = world.start(&[]).unwrap();
+    assert_eq!(probes(&world), [true, true]);
     let pid = agent.pid();
     let healthy = status(&world, 0);
     assert_eq!((&healthy["agent"]["running"], &healthy["agent"]["pid"]), (&true.into(), &pid.into()));
@@ -273,6 +280,8 @@ fn status_tells_what_is_in_force_whether_an_agent_runs_or_not() {
 
     agent.kill().unwrap();
     let dead = degraded(&world, &["no agent runs"]);
+    assert_eq!(probes(&world), [false, false]);
+    assert!(world.place.probe("Live").unwrap().1.contains("no agent runs"));
     assert_eq!((&dead["enforcing"], &dead["agent"]["running"]), (&true.into(), &false.into()));
     assert_eq!((&dead["agent"]["pid"], &dead["policy"]["hash"]), (&pid.into(), &healthy["policy"]["hash"]));
 
@@ -289,6 +298,7 @@ fn status_does_not_wait_for_an_agent_that_hangs() {
     let hung = degraded(&world, &["the agent does not answer"]);
     assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
     assert_eq!((&hung["agent"]["running"], &hung["agent"]["pid"]), (&true.into(), &agent.pid().into()));
+    assert_eq!(probes(&world), [false, false]);
     agent.signal(Signal::CONT).unwrap();
     status(&world, 0);
 }
@@ -301,6 +311,7 @@ fn an_invalid_policy_shows_in_the_status() {
     agent.wait_for("the last good policy stays in force").unwrap();
     let status = degraded(&world, &["the last good policy stays in force"]);
     assert!(status["policy"]["last_error"].as_str().unwrap().contains("invalid"), "{status:#}");
+    assert_eq!(probes(&world), [true, true], "a restart would not mend it");
 }
 
 /// As it would be if an agent were killed between two steps: attached, and those before not retired.

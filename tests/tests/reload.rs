@@ -11,9 +11,10 @@ use std::{
 };
 
 use egress_tests::{
-    agent::Agent,
+    agent::{Agent, Place},
     cgroup::Cgroup,
     dial::{Call, Dialer, Method},
+    eventually,
     netns::Netns,
 };
 use rustix::process::Signal;
@@ -157,8 +158,8 @@ fn a_mended_policy_does_not_wait_for_the_next_try() {
 #[test]
 fn a_cgroup_that_is_made_anew_is_filtered_again() {
     let (cgroup, namespace) = (Cgroup::new().unwrap(), Netns::with_every_address_local().unwrap());
-    let policies = tempfile::tempdir().unwrap();
-    let mut agent = Agent::start(policies.path(), &cgroup, &[]).unwrap();
+    let (policies, place) = (tempfile::tempdir().unwrap(), Place::new().unwrap());
+    let mut agent = Agent::start_in(&place, policies.path(), &cgroup, &[]).unwrap();
     for _ in 0..3 {
         cgroup.make_anew().unwrap();
         agent.wait_for("attached again").unwrap();
@@ -167,6 +168,10 @@ fn a_cgroup_that_is_made_anew_is_filtered_again() {
         assert!(dialer.is_refused(&call).unwrap());
         agent.denial().unwrap();
     }
+    drop(cgroup);
+    // A restart would not bring it back: the agent lives, and enforces nothing.
+    eventually("nothing to be filtered", || (!place.probe("Ready").unwrap().0).then_some(())).unwrap();
+    assert!(place.probe("Live").unwrap().0);
 }
 
 #[test]
