@@ -19,6 +19,7 @@ pub mod foreign;
 pub mod fuzz_targets;
 pub mod generate;
 pub mod hammer;
+pub mod kube;
 pub mod mariadb;
 pub mod netns;
 pub mod pages;

@@ -54,5 +54,10 @@ pub fn all() -> Vec<Page> {
     ]
 }
 
+/// The definition of `EgressPolicy`, in JSON.
+pub fn definition() -> String {
+    crd::definition().to_json()
+}
+
 /// Each kind, and the schema of its documents, beside that of all.
 const SCHEMAS: [(&str, &str); 2] = [("EgressPolicy", "egresspolicy.json"), ("ServiceEntry", "serviceentry.json")];

@@ -50,6 +50,15 @@ impl Debian {
 
     /// Apt that knows one suite of an archive and nothing that is installed.
     pub fn suite(directory: &Path, archive: &str, suite: &str) -> Result<Self> {
+        Self::of_suite(directory, archive, suite, &["deb"])
+    }
+
+    /// The same, which knows source packages too.
+    pub fn suite_with_sources(directory: &Path, archive: &str, suite: &str) -> Result<Self> {
+        Self::of_suite(directory, archive, suite, &["deb", "deb-src"])
+    }
+
+    fn of_suite(directory: &Path, archive: &str, suite: &str, kinds: &[&str]) -> Result<Self> {
         const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
         let debian = Self { directory: directory.to_owned() };
         debian.configure()?;
@@ -57,7 +66,8 @@ impl Debian {
             let file = directory.join(name);
             fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
         };
-        write("sources.list", &format!("deb [signed-by={KEYRING}] {archive} {suite} main\n"))?;
+        let line = |kind: &&str| format!("{kind} [signed-by={KEYRING}] {archive} {suite} main\n");
+        write("sources.list", &kinds.iter().map(line).collect::<String>())?;
         write("status", "")?;
         let only = |what: &str, file: &str| format!("Dir::{what} \"{}/{file}\";\n", directory.display());
         let more = [only("Etc::SourceList", "sources.list"), only("State::status", "status")].concat();
@@ -121,6 +131,20 @@ impl Debian {
         Ok(())
     }
 
+    /// Downloads what upstream released as `package`, without Debian's changes, and unpacks it as `directory`.
+    pub fn unpack_source(&self, package: &str, directory: &Path) -> Result<()> {
+        let downloads = self.directory.join("archives");
+        eprintln!("xtask: downloading the sources of {package} into {}", downloads.display());
+        let mut command = self.apt("apt-get");
+        command.args(["-qq", "source", "--download-only", package]).current_dir(&downloads);
+        process::run_to_stderr(&mut command, "downloading a source package")?;
+        let original = file_in(&downloads, &format!("{package}_"), ".orig.tar.")?;
+        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        let mut tar = Command::new("tar");
+        tar.args(["--extract", "--strip-components=1", "--directory"]).arg(directory).arg("--file").arg(original);
+        process::run_to_stderr(&mut tar, &format!("unpacking the sources of {package}"))
+    }
+
     fn missing(&self, installable: &[&str]) -> Result<Vec<String>> {
         let mut command = self.apt("apt-get");
         command.args(["-qq", "install", "--print-uris", "--yes", "--no-install-recommends"]).args(installable);
@@ -157,6 +181,14 @@ impl Debian {
         command.arg("--config-file").arg(self.configuration()).env("LC_ALL", "C.UTF-8");
         command
     }
+}
+
+/// The one file in a directory whose name begins and goes on so.
+fn file_in(directory: &Path, begin: &str, middle: &str) -> Result<PathBuf> {
+    let files = fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
+    let is_meant = |name: &str| name.starts_with(begin) && name.contains(middle);
+    let found = files.flatten().find(|file| file.file_name().to_str().is_some_and(is_meant));
+    Ok(found.with_context(|| format!("{} has no {begin}…{middle}…", directory.display()))?.path())
 }
 
 /// The directories below `root` in which unpacked libraries lie: at least one.

@@ -1,6 +1,6 @@
 //! `cargo xtask`: builds, tests and runs this workspace, and fetches what that takes.
 //!
-//! It drives cargo, Debian's package tools, for the chart pip, and nothing else. It holds no product code, installs nothing on the
+//! It drives cargo, Debian's package tools, for the chart pip, for the API server Go, and nothing else. It holds no product code, installs nothing on the
 //! system, and writes below `target/` only; but for `docs` and `chart`, which write the generated files.
 
 mod build;
@@ -12,6 +12,7 @@ mod dist;
 mod docs;
 mod image;
 mod install;
+mod kube;
 mod process;
 mod root;
 mod run;
@@ -69,6 +70,8 @@ enum Command {
     Chart(chart::Options),
     /// Boot kernels of Debian in QEMU and run the kernel tests in them; all of them, if none is named
     Vm(vm::Options),
+    /// Build a Kubernetes API server, once, and run the tests that need one
+    Kube(kube::Options),
     /// Build what is shipped to hosts, in target/dist: a tarball and a Debian package of the agent, linked statically, with
     /// lists of what is in it (SBOM) and checksums
     Dist,
@@ -97,6 +100,7 @@ fn command(command: &Command) -> anyhow::Result<()> {
         Command::Docs => docs::docs(&workspace),
         Command::Chart(options) => chart::chart(&workspace, options),
         Command::Vm(options) => vm::vm(&workspace, options),
+        Command::Kube(options) => kube::kube(&workspace, options),
         Command::Dist => dist::dist(&workspace),
         Command::Image => image::image(&workspace),
         Command::Ci => ci::ci(&workspace),

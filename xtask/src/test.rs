@@ -52,14 +52,20 @@ fn compile(workspace: &Workspace, selection: &[OsString]) -> Result<()> {
 }
 
 fn run(workspace: &Workspace, environment: &Environment, selection: &[OsString], rest: &[OsString]) -> Result<()> {
+    let words = ["test", "--no-fail-fast"].iter().chain(packages(selection)).map(OsString::from);
+    let words: Vec<_> = words.chain(selection.iter().cloned()).chain(rest.iter().cloned()).collect();
+    cargo(workspace, environment, &words, "testing")
+}
+
+/// Cargo, with what it starts as root.
+pub fn cargo(workspace: &Workspace, environment: &Environment, words: &[OsString], work: &str) -> Result<()> {
     let mut cargo = workspace.cargo();
     if root::is_root() {
         cargo.envs(environment.iter().map(|(name, value)| (name, value)));
     } else {
         cargo.arg("--config").arg(runner(&root::sudo(environment))?);
     }
-    cargo.args(["test", "--no-fail-fast"]).args(packages(selection)).args(selection).args(rest);
-    process::run(&mut cargo, "testing")
+    process::run(cargo.args(words), work)
 }
 
 /// Cargo's own arguments, and from `--` on those of the test programs.
