@@ -10,10 +10,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
 use crate::{
-    compile::NodeAction,
+    compile::{NodeAction, PodContext},
     dataplane::PacketGuard,
     exec::DANGEROUS,
     policy::{L4, address},
+    prefix::canonical,
     privileges::CapabilitySet,
     scopes::UnknownWorkloads,
     settings::CONFIG,
@@ -39,7 +40,7 @@ pub struct Cli {
     #[arg(long, global = true, value_name = "LEVEL", env = "EGRESS_LOG", default_value = "info")]
     pub log: LogLevel,
     /// Settings of `run`, one `flag: value` a line, as `policies: [/etc/egress/policies]`; flags and environment are
-    /// stronger. By default /etc/egress/agent.yaml, if it is there. Its `pin-dir` and `run-dir` are for `status`, `reload` and
+    /// stronger. By default /etc/egress/agent.yaml, if it is there; /dev/null for none. Its `pin-dir` and `run-dir` are for `status`, `reload` and
     /// `detach` as well.
     #[arg(long, global = true, value_name = "FILE", env = CONFIG)]
     pub config: Option<PathBuf>,
@@ -194,12 +195,30 @@ pub struct ClusterArgs {
         default_value = "kube-system"
     )]
     pub exempt_namespaces: Vec<String>,
+    /// What holds of the networks of the cluster.
+    #[command(flatten)]
+    pub networks: NetworkArgs,
+}
+
+/// Arguments of `run` and `explain`: what cannot be learnt from the API.
+#[derive(Debug, Args)]
+pub struct NetworkArgs {
     /// What every pod may reach unless a rule denies it: the addresses of pods and services.
     #[arg(long, value_name = "CIDR", env = "EGRESS_INTERNAL_CIDRS", value_delimiter = ',', value_parser = network)]
     pub internal_cidrs: Vec<IpNet>,
-    /// What `dns: { servers: System }` means for pods; by default the servers of the agent's own /etc/resolv.conf.
+    /// What `dns: { servers: System }` means for pods; by default the resolvers of the system.
     #[arg(long, value_name = "IP", env = "EGRESS_CLUSTER_DNS", value_delimiter = ',')]
     pub cluster_dns: Vec<IpAddr>,
+}
+
+impl NetworkArgs {
+    /// What the rules of pods depend on.
+    pub fn context(&self) -> PodContext {
+        PodContext {
+            resolvers: self.cluster_dns.iter().map(|&address| canonical(address.into()).addr()).collect(),
+            internal: self.internal_cidrs.clone(),
+        }
+    }
 }
 
 /// A prefix or an address; host bits are masked.
@@ -413,6 +432,9 @@ pub struct ExplainArgs {
     /// The resolvers that `dns: { servers: System }` means; by default those of /etc/resolv.conf.
     #[arg(long, value_name = "IP")]
     pub system_resolver: Vec<IpAddr>,
+    /// Where the workload is a pod.
+    #[command(flatten)]
+    pub networks: NetworkArgs,
     /// How answers are written; text on a terminal, else JSON lines.
     #[arg(long, value_name = "FORMAT", conflicts_with = "flows")]
     pub output: Option<Output>,

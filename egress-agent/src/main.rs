@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use egress_agent::{
     check::{LookUp, Report},
     cli::{CheckArgs, Command, DetachArgs, ExecArgs, ExplainArgs, LogLevel, Output, ReloadArgs, RunArgs, StatusArgs},
-    compile::{Context, Names, NodeDefault, PodContext},
+    compile::{Context, Names, NodeDefault},
     control::{self, Request},
     exec::{self, Ended, Sudo},
     explain::{
@@ -206,7 +206,7 @@ fn context(args: &ExplainArgs) -> anyhow::Result<Context> {
         names.0.entry(host.clone()).or_default().insert(*address);
     }
     let node_default = NodeDefault { action: args.default, loopback: true, dns: true };
-    Ok(Context { node_default, system_resolvers, names, pods: PodContext::default() })
+    Ok(Context { node_default, system_resolvers, names, pods: args.networks.context() })
 }
 
 fn who(args: &ExplainArgs) -> Who {

@@ -25,7 +25,7 @@ use tokio::{
 use crate::{
     cgroup::{self, Cgroup, CgroupError, CgroupPaths},
     cli::{ClusterArgs, EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
-    compile::{CompileError, Names, NodeAction, NodeDefault, PodContext},
+    compile::{CompileError, Names, NodeAction, NodeDefault},
     control::{self, Asked, Control, Request},
     dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, pinned},
     enforcement::{Enforcement, LOOK_AFTER, Target},
@@ -36,7 +36,6 @@ use crate::{
     pins::{PinDirectory, PinError},
     pods::{PodNames, ROOTS},
     policy::load::{LoadError, LoadOptions},
-    prefix::canonical,
     privileges::{self, CapabilitySet, FOREIGN_FILES},
     report::{Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
@@ -280,10 +279,7 @@ fn options(args: &RunArgs) -> SourceOptions {
         load: LoadOptions { require_root_owned: !args.allow_writable_policies, follow: true },
         node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
         unknown: args.unknown_workloads,
-        pods: PodContext {
-            resolvers: args.cluster.cluster_dns.iter().map(|&address| canonical(address.into()).addr()).collect(),
-            internal: args.cluster.internal_cidrs.clone(),
-        },
+        pods: args.cluster.networks.context(),
     }
 }
 

@@ -212,6 +212,21 @@ fn explain_says_what_is_not_imported_and_what_only_audits() {
 }
 
 #[test]
+fn the_networks_and_resolvers_of_a_cluster_are_for_its_pods_alone() {
+    let directory = policies(&[("a.yaml", ENTRY)]);
+    let cluster =
+        ["--internal-cidrs", "10.0.0.0/8,fd00::/8", "--cluster-dns", "192.0.2.53", "--system-resolver", "127.0.0.53"];
+    let status = |to: &str, more: &[&str]| {
+        agent(&[&["explain", path(&directory), "--to", to], &cluster[..], more].concat(), "").status
+    };
+    for inside in ["10.1.2.3:8080", "[fd00::1]:8080", "192.0.2.53:53"] {
+        assert_eq!(status(inside, &["--namespace", "shop"]), 0, "{inside}");
+        assert_eq!(status(inside, &["--unit", "nginx.service"]), 1, "{inside}");
+    }
+    assert_eq!(status("192.0.2.80:80", &["--namespace", "shop"]), 1);
+}
+
+#[test]
 fn a_name_is_explained_by_the_addresses_that_are_given_for_it() {
     let by_name = ENTRY.replace("  addresses: [203.0.113.10/32]\n", "  resolution: DNS\n");
     let directory = policies(&[("a.yaml", &by_name)]);

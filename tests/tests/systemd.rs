@@ -734,6 +734,60 @@ fn the_service_starts_again_stops_and_is_killed_without_a_gap() {
     });
 }
 
+/// Runs `dpkg`, which must succeed.
+fn dpkg(args: &[&str]) {
+    let output = Command::new("dpkg").args(args).env("DEBIAN_FRONTEND", "noninteractive").output().unwrap();
+    assert!(output.status.success(), "dpkg {args:?}: {output:?}");
+}
+
+#[test]
+#[ignore = "needs systemd as the first process: cargo xtask vm --test systemd"]
+fn the_package_is_installed_upgraded_without_a_gap_removed_and_purged() {
+    const SERVICE: &str = "egress-agent.service";
+    const SETTINGS: &str = "/etc/egress/agent.yaml";
+    let world = World::without_agent();
+    let mut web = world.started("web", "");
+    let is = |verb: &str| try_systemctl(&[verb, "--quiet", SERVICE]).status.success();
+    let show = |property: &str| systemctl(&["show", "--value", "--property", property, SERVICE]);
+    let installed = || {
+        let output = Command::new("dpkg-query").args(["--show", "--showformat=${Version}", "egress-agent"]).output();
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    };
+
+    dpkg(&["--install", "/packages/older.deb"]);
+    assert!(is("is-active") && is("is-enabled"));
+    assert!(!web.is_filtered(), "as installed it refuses nothing");
+    let status = Command::new("/usr/bin/egress-agent").arg("status").output().unwrap();
+    assert!(matches!(status.status.code(), Some(0 | 1)), "{status:?}");
+
+    // As an administrator does who takes it into use; elsewhere than by default, so that whoever looks for it must read that.
+    systemctl(&["stop", SERVICE]);
+    assert!(Command::new("/usr/bin/egress-agent").arg("detach").status().unwrap().success());
+    let pins = format!("/sys/fs/bpf/{}", world.id);
+    let settings = format!(
+        "policies: /etc/egress/policies\ncgroup: {}\ndefault: Allow\npin-dir: {pins}\nresolver: \"127.0.0.1:1\"\n",
+        world.slice.cgroup().display()
+    );
+    fs::write(SETTINGS, &settings).unwrap();
+    fs::write("/etc/egress/policies/web.yaml", policy(&format!("{{ unit: {} }}", world.slice.name))).unwrap();
+    systemctl(&["start", SERVICE]);
+    assert!(web.is_filtered());
+    systemctl(&["reload", SERVICE]);
+
+    let (pid, version) = (show("MainPID"), installed());
+    without_a_gap(&mut web, || dpkg(&["--install", "/packages/egress-agent.deb"]));
+    assert!(is("is-active") && is("is-enabled"));
+    assert!(show("MainPID") != pid && installed() != version);
+    assert_eq!(fs::read_to_string(SETTINGS).unwrap(), settings);
+    without_a_gap(&mut web, || drop(systemctl(&["restart", SERVICE])));
+
+    dpkg(&["--remove", "egress-agent"]);
+    assert!(!is("is-active") && !web.is_filtered() && !Path::new(&pins).exists());
+    assert_eq!(fs::read_to_string(SETTINGS).unwrap(), settings);
+    dpkg(&["--purge", "egress-agent"]);
+    assert!(!Path::new("/etc/egress").exists() && !is("is-enabled"));
+}
+
 #[test]
 #[ignore = "needs systemd as the first process: cargo xtask vm --test systemd"]
 fn the_watchdog_restarts_an_agent_that_hangs_without_a_gap() {

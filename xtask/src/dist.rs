@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{build, process, step, workspace::Workspace};
 
 pub mod binary;
-mod package;
+pub mod package;
 mod sbom;
 pub mod tarball;
 

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{build, companions, debian::Debian, process, root, step, workspace::Workspace};
+use crate::{build, companions, debian::Debian, dist, process, root, step, workspace::Workspace};
 
 mod image;
 mod machine;
@@ -93,7 +93,7 @@ pub fn vm(workspace: &Workspace, options: &Options) -> Result<()> {
     let kernels = select(&options.kernels, &KERNELS, |kernel| kernel.name, "kernel")?;
     let tests = select(&options.tests, &TESTS, |test| test, "test file")?;
     let tests: Vec<&str> = tests.into_iter().copied().collect();
-    prepare(workspace)?;
+    prepare(workspace, &tests)?;
     let is_all = options.tests.is_empty() && options.arguments.is_empty();
     let mut outcomes = BTreeMap::new();
     for kernel in &kernels {
@@ -129,11 +129,14 @@ fn select<'a, T>(names: &[String], all: &'a [T], name_of: fn(&T) -> &str, what: 
     if names.is_empty() { Ok(all.iter().collect()) } else { names.iter().map(find).collect() }
 }
 
-/// Builds what runs in the machine.
-fn prepare(workspace: &Workspace) -> Result<()> {
+/// Builds what runs in the machine. Where there is systemd, the Debian package is installed.
+fn prepare(workspace: &Workspace, tests: &[&'static str]) -> Result<()> {
     root::ensure("reading what the tests left behind")?;
     companions::ensure(workspace)?;
     build::build(workspace)?;
+    if !Init::Systemd.select(tests).is_empty() {
+        dist::dist(workspace)?;
+    }
     let mut cargo = workspace.cargo();
     process::run(cargo.args(["test", "--no-run", "--package", "egress-tests"]), "compiling the tests")
 }
@@ -210,6 +213,10 @@ impl Kernel {
         let mut image = Image::new(workspace, &busybox, &kernel)?.with_tests(workspace, tests)?;
         if init == Init::Systemd {
             image = image.with_systemd(workspace, &fetch_systemd(workspace, self.systemd)?)?;
+            let package = workspace.target("dist").join(dist::package::name());
+            let older = log.with_extension("older.deb");
+            dist::package::write_older(workspace, &package, &older)?;
+            image = image.with_packages(&older, &package);
         }
         image.write(&initramfs)?;
         // The machine has its own copy of everything.
@@ -256,13 +263,14 @@ fn fetch(workspace: &Workspace, package: &str) -> Result<PathBuf> {
     Ok(directory)
 }
 
-/// The systemd of a release, unpacked, with everything that it needs and the library with which it carries out settings by
-/// BPF.
+/// The systemd of a release, unpacked, with everything that it needs, the library with which it carries out settings by BPF, and
+/// what installs packages.
 fn fetch_systemd(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
     let directory = workspace.target("vm").join(format!("systemd-{suite}"));
-    step::once(&directory, "1", |directory| {
+    step::once(&directory, "2", |directory| {
         let debian = Debian::suite(&directory.join("apt"), &Debian::mirror("debian")?, suite)?;
-        debian.unpack(&debian.plan(&[], &["systemd", "libbpf1"])?, &directory.join("root"))
+        debian
+            .unpack(&debian.plan(&[], &["systemd", "libbpf1", "dpkg", "init-system-helpers"])?, &directory.join("root"))
     })
     .with_context(|| format!("cannot fetch the systemd of {suite}"))?;
     Ok(directory.join("root"))

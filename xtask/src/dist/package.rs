@@ -22,6 +22,22 @@ pub fn pack(workspace: &Workspace, tool: &Path, directory: &Path, epoch: &str) -
     process::run_to_stderr(&mut deb, "packing the Debian package")
 }
 
+/// The same package under a version before, to be upgraded.
+pub fn write_older(workspace: &Workspace, package: &Path, older: &Path) -> Result<()> {
+    let root = workspace.target("dist-older");
+    fresh(&root)?;
+    let mut unpack = Command::new("dpkg-deb");
+    process::run_to_stderr(unpack.arg("--raw-extract").args([package, &root]), "unpacking the Debian package")?;
+    let control = root.join("DEBIAN/control");
+    let text = String::from_utf8(read(&control)?).context("control is not UTF-8")?;
+    let text = text.replace(&format!("\nVersion: {VERSION}-1\n"), "\nVersion: 0.0.1-1\n");
+    fs::write(&control, text).with_context(|| format!("cannot write {}", control.display()))?;
+    let mut build = Command::new("dpkg-deb");
+    build.args(["--root-owner-group", "--build"]).args([&root, older]);
+    process::run_to_stderr(&mut build, "packing an older Debian package")?;
+    remove(&root)
+}
+
 /// Files without which a package is not complete.
 const FILES: [&str; 10] = [
     "usr/lib/systemd/system/egress-agent.service",

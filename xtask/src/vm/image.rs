@@ -189,6 +189,19 @@ impl Image {
         Ok(self)
     }
 
+    /// With the agent's package, and one to be upgraded to it.
+    pub fn with_packages(mut self, older: &Path, package: &Path) -> Self {
+        for (name, file) in [("older.deb", older), ("egress-agent.deb", package)] {
+            self.put(Path::new("packages").join(name), Node::Program(file.to_owned()));
+        }
+        for directory in ["info", "updates", "triggers"] {
+            self.put(Path::new("var/lib/dpkg").join(directory), Node::Directory);
+        }
+        self.text("var/lib/dpkg/status", "");
+        self.text("var/lib/dpkg/available", "");
+        self
+    }
+
     /// With the agent, test files and what they run.
     pub fn with_tests(mut self, workspace: &Workspace, tests: &Tests<'_>) -> Result<Self> {
         let deps = workspace.target("debug/deps");
