@@ -16,6 +16,7 @@
 
 mod address;
 mod decide;
+mod dns;
 mod event;
 mod flow;
 mod layout;
@@ -29,10 +30,11 @@ mod workload;
 
 pub use address::{Address, PrefixKey};
 pub use decide::{Rules, decide, decide_bypass, decide_socket, find_segment, remembers_peers};
+pub use dns::{KEY_BYTES, NameKey, Record, Response};
 pub use event::{COMM_LEN, Event, Process};
 pub use flow::{Flow, Hook, Protocol, Scope, View};
 pub use layout::{ABI_VERSION, Counter, MAX_SCOPES, MAX_USERS, Meta, map};
-pub use packet::{Packet, Way, way_v4, way_v6};
+pub use packet::{Bytes, Packet, Way, way_v4, way_v6};
 pub use peers::{Peers, REPLY_SECONDS};
 pub use rule::{Action, Entries, Entry, RuleId, Segment, SegmentList};
 pub use settings::{Refusal, Settings};

@@ -3,11 +3,14 @@
 
 use crate::{Address, Protocol};
 
-/// A packet that begins with its IP header.
-pub trait Packet {
+/// Bytes that somebody else wrote.
+pub trait Bytes {
     /// Bytes at an offset; `None` if there are not so many.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+}
 
+/// A packet that begins with its IP header.
+pub trait Packet: Bytes {
     /// Whether it is on its way to another device than `lo`.
     fn leaves(&self) -> bool;
 }
@@ -119,38 +122,40 @@ mod tests {
 
     use super::*;
 
-    struct Bytes {
+    struct Sent {
         bytes: Vec<u8>,
         leaves: bool,
     }
 
-    impl Packet for Bytes {
+    impl Bytes for Sent {
         fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
             self.bytes.get(offset as usize..)?.first_chunk().copied()
         }
+    }
 
+    impl Packet for Sent {
         fn leaves(&self) -> bool {
             self.leaves
         }
     }
 
-    fn v4(destination: [u8; 4], options: &[u8]) -> Bytes {
+    fn v4(destination: [u8; 4], options: &[u8]) -> Sent {
         let mut bytes = vec![0; 20];
         bytes[0] = 0x40 | u8::try_from((20 + options.len()) / 4).unwrap();
         bytes[16..20].copy_from_slice(&destination);
         bytes.extend(options);
         bytes.extend([0xff; 8]);
-        Bytes { bytes, leaves: true }
+        Sent { bytes, leaves: true }
     }
 
-    fn v6(destination: &str, next: u8, headers: &[u8]) -> Bytes {
+    fn v6(destination: &str, next: u8, headers: &[u8]) -> Sent {
         let mut bytes = vec![0; 40];
         bytes[0] = 0x60;
         bytes[6] = next;
         let address: core::net::Ipv6Addr = destination.parse().unwrap();
         bytes[24..40].copy_from_slice(&address.octets());
         bytes.extend(headers);
-        Bytes { bytes, leaves: true }
+        Sent { bytes, leaves: true }
     }
 
     #[track_caller]
@@ -189,7 +194,7 @@ mod tests {
     fn options_without_a_length_are_refused() {
         for options in [&[68, 0, 0, 0][..], &[68, 1, 0, 0], &[1, 1, 1, 68]] {
             let packet = v4([192, 0, 2, 1], options);
-            let cut = Bytes { bytes: packet.bytes[..20 + options.len()].to_vec(), ..packet };
+            let cut = Sent { bytes: packet.bytes[..20 + options.len()].to_vec(), ..packet };
             assert!(is_bypass(way_v4(&cut)), "{options:?}");
         }
     }
@@ -221,9 +226,9 @@ mod tests {
     #[test]
     fn loopback_addresses_stay_on_the_loopback_device() {
         assert!(is_bypass(way_v4(&v4([127, 8, 0, 1], &[]))));
-        assert!(!is_bypass(way_v4(&Bytes { leaves: false, ..v4([127, 8, 0, 1], &[]) })));
+        assert!(!is_bypass(way_v4(&Sent { leaves: false, ..v4([127, 8, 0, 1], &[]) })));
         let from = |source: core::net::Ipv6Addr, leaves| {
-            let mut packet = Bytes { leaves, ..v6("::1", 17, &[]) };
+            let mut packet = Sent { leaves, ..v6("::1", 17, &[]) };
             packet.bytes[8..24].copy_from_slice(&source.octets());
             is_bypass(way_v6(&packet))
         };
@@ -236,7 +241,7 @@ mod tests {
         /// Hostile bytes are read within bounds, and a packet cut short is never taken for a whole one that routes.
         #[test]
         fn any_bytes_can_be_read(bytes in prop::collection::vec(any::<u8>(), 0..200), leaves: bool) {
-            let packet = Bytes { bytes, leaves };
+            let packet = Sent { bytes, leaves };
             prop_assert_eq!(way_v4(&packet).is_some(), packet.bytes.len() >= 20);
             prop_assert_eq!(way_v6(&packet).is_some(), packet.bytes.len() >= 40);
         }

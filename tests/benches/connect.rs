@@ -1,8 +1,9 @@
 //! What the filter adds to one UDP `connect`: `cargo bench --package egress-tests --bench connect`, as root, with
 //! `EGRESS_AGENT` naming the built agent.
 //!
-//! The same process dials the same destination, at first without a filter, then behind policies of several sizes. The
-//! cases take turns in each round; printed are the medians, and the median of what a round added to its unfiltered case.
+//! The same process dials the same destination: without a filter, behind a program that does nothing, and behind policies of
+//! several sizes. The cases take turns in each round; printed are the medians, and the median of what a round added to its
+//! unfiltered case.
 
 use std::{fmt::Write as _, fs, net::Ipv4Addr};
 
@@ -11,6 +12,7 @@ use egress_tests::{
     agent::Agent,
     cgroup::Cgroup,
     dial::{Call, Dialer, Method, Timed},
+    foreign::{Hook, How, Program},
     netns::Netns,
 };
 
@@ -22,6 +24,9 @@ fn main() -> Result<()> {
     println!("{:<34} {:>8} {:>8}", "UDP connect", "ns", "added");
     let open = Cgroup::new()?;
     let mut unfiltered = Dialer::start(env!("CARGO_BIN_EXE_dial"), &open, &namespace)?;
+    let empty = Cgroup::new()?;
+    let _empty = Program::pass(Hook::Connect4)?.attach(&empty, How::Link)?;
+    let mut passed = Dialer::start(env!("CARGO_BIN_EXE_dial"), &empty, &namespace)?;
     for size in [1, 1_000, 100_000] {
         let (cgroup, policies) = (Cgroup::new()?, tempfile::tempdir()?);
         fs::write(policies.path().join("policy.yaml"), document(size))?;
@@ -33,15 +38,18 @@ fn main() -> Result<()> {
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
             let none = unfiltered.time(Timed::Connect, &allowed, CALLS)?;
+            let empty = passed.time(Timed::Connect, &allowed, CALLS)?;
             let allowed = filtered.time(Timed::Connect, &allowed, CALLS)?;
             // Few enough that the reports of a round fit the ring buffer.
-            rounds.push((none, allowed, filtered.time(Timed::Connect, &refused, 5_000)?));
+            rounds.push([none, empty, allowed, filtered.time(Timed::Connect, &refused, 5_000)?]);
         }
-        let column = |of: fn(&(f64, f64, f64)) -> f64| median(rounds.iter().map(of).collect());
-        println!("{:<34} {:>8.0}", "without a filter", column(|round| round.0));
-        let (allowed, added) = (column(|round| round.1), column(|round| round.1 - round.0));
+        let column = |of: fn(&[f64; 4]) -> f64| median(rounds.iter().map(of).collect());
+        println!("{:<34} {:>8.0}", "without a filter", column(|round| round[0]));
+        let (empty, added) = (column(|round| round[1]), column(|round| round[1] - round[0]));
+        println!("{:<34} {empty:>8.0} {added:>+8.0}", "a program that does nothing");
+        let (allowed, added) = (column(|round| round[2]), column(|round| round[2] - round[0]));
         println!("{:<34} {allowed:>8.0} {added:>+8.0}", format!("allowed, prefixes: {size}"));
-        println!("{:<34} {:>8.0}", format!("refused and reported, prefixes: {size}"), column(|round| round.2));
+        println!("{:<34} {:>8.0}", format!("refused and reported, prefixes: {size}"), column(|round| round[3]));
     }
     beside_connect(&namespace, &mut unfiltered)
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use egress_agent::{
-    compile::{Context, Names, NodeAction, NodeDefault, PodContext, compile},
+    compile::{Context, NodeAction, NodeDefault, compile},
     policy::{
         PolicySet,
         decode::MAX_FINDINGS,
@@ -20,6 +20,7 @@ use egress_agent::{
 use crate::reference::{Question, ask, judge};
 
 mod arbitrary;
+pub mod dns;
 mod questions;
 
 use self::arbitrary::World;
@@ -44,12 +45,7 @@ pub fn read_policy(bytes: &[u8]) {
         prints_safely(&loaded, finding);
     }
     let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: true };
-    let context = Context {
-        node_default,
-        system_resolvers: vec![[10, 1, 2, 3].into()],
-        names: Names::default(),
-        pods: PodContext::default(),
-    };
+    let context = Context { system_resolvers: vec![[10, 1, 2, 3].into()], ..Context::new(node_default) };
     agree(&loaded.policies, &Workload::default(), &context, ABOUT_TEXT);
 }
 

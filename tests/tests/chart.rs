@@ -457,8 +457,8 @@ fn the_agent_reads_from_its_arguments_what_the_values_say() {
         ("r", vec!["a".into(), "b".into()])
     );
     assert!(run.cluster.exempt_namespaces.iter().all(String::is_empty), "{:?}", run.cluster.exempt_namespaces);
-    assert_eq!(run.cluster.internal_cidrs, ["10.0.0.0/8".parse().unwrap()]);
-    assert_eq!(run.cluster.cluster_dns, ["fd00::a".parse::<IpAddr>().unwrap()]);
+    assert_eq!(run.cluster.networks.internal_cidrs, ["10.0.0.0/8".parse().unwrap()]);
+    assert_eq!(run.cluster.networks.cluster_dns, ["fd00::a".parse::<IpAddr>().unwrap()]);
 }
 
 #[test]

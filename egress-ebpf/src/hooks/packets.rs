@@ -4,7 +4,7 @@
 //! such as a routing header in the ancillary data of a `sendmsg`, and asks only then who the packet belongs to.
 
 use aya_ebpf::{bindings::__sk_buff, macros::cgroup_skb, programs::SkBuffContext};
-use egress_common::{Flow, Packet, Way, decide_bypass, way_v4, way_v6};
+use egress_common::{Bytes, Flow, Packet, Way, decide_bypass, way_v4, way_v6};
 
 use crate::{
     answer::{PASS, REFUSE, answer_without_errno},
@@ -21,7 +21,7 @@ const LOOPBACK: u32 = 1;
 
 #[cgroup_skb(egress)]
 fn egress(ctx: SkBuffContext) -> i32 {
-    let packet = Bytes(ctx.skb.skb);
+    let packet = Sent(ctx.skb.skb);
     // SAFETY: the kernel passes a valid context that lives as long as the program runs; the verifier checks each access.
     let way = match unsafe { (*packet.0).protocol } {
         IPV4 => way_v4(&packet),
@@ -47,14 +47,16 @@ fn judge(ctx: &SkBuffContext, flow: &Flow) -> i32 {
 }
 
 /// A packet on its way out; its first byte is that of the IP header.
-struct Bytes(*mut __sk_buff);
+struct Sent(*mut __sk_buff);
 
-impl Packet for Bytes {
+impl Bytes for Sent {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         aya_ebpf::programs::sk_buff::SkBuff::new(self.0).load(offset as usize).ok()
     }
+}
 
+impl Packet for Sent {
     #[inline(always)]
     fn leaves(&self) -> bool {
         // SAFETY: as in `egress`.

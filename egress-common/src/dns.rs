@@ -1,0 +1,387 @@
+//! DNS responses (RFC 1035), as far as names are learnt from them: what was asked, and which addresses were the answer.
+//!
+//! The question decides: whatever aliases lead from it to an address, the address is an answer for the name that was asked. What
+//! is malformed, or longer than anything real, is never learnt from; what stood before it in the same message may have been.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{Address, Bytes};
+
+/// Bytes of the key of a trie of names: as many as the kernel allows (`LPM_DATA_SIZE_MAX` of `kernel/bpf/lpm_trie.c`).
+pub const KEY_BYTES: usize = 256;
+/// Labels of a name have a length of one byte and at least one byte: at most so many fit (RFC 1035, 2.3.4).
+const MOST_LABELS: u32 = 128;
+/// A name has at most so many bytes in a message, its last one included.
+const LONGEST_NAME: u32 = 255;
+const HEADER: u32 = 12;
+
+/// A name as the key of a longest-prefix match: in lower case, backwards, byte by byte.
+///
+/// `www.example.com` is `moc.elpmaxe.www` and a zero byte. A pattern for all names below `example.com` is the prefix
+/// `moc.elpmaxe.`, so one look-up finds the closest pattern, however deep it lies.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct NameKey {
+    /// In bits, host byte order, as `struct bpf_lpm_trie_key` has it.
+    length: u32,
+    bytes: [u8; KEY_BYTES],
+}
+
+impl NameKey {
+    /// A key of no name.
+    pub const EMPTY: Self = Self { length: 0, bytes: [0; KEY_BYTES] };
+
+    /// The key of a name, or of every name below it; `None` if it is none that DNS can ask for by letters, digits, `-` and `_`.
+    pub fn of(name: &str, below: bool) -> Option<Self> {
+        let name = name.as_bytes();
+        let is_label = |label: &[u8]| (1..=63).contains(&label.len()) && label.iter().all(|&byte| is_of_name(byte));
+        if name.len() + 2 > LONGEST_NAME as usize || !name.split(|&byte| byte == b'.').all(is_label) {
+            return None;
+        }
+        let mut key = Self::EMPTY;
+        let backwards = name.iter().rev().map(u8::to_ascii_lowercase).chain([if below { b'.' } else { 0 }]);
+        for (to, from) in key.bytes.iter_mut().zip(backwards) {
+            *to = from;
+            key.length += 8;
+        }
+        Some(key)
+    }
+
+    /// The bytes that count.
+    pub fn as_bytes_of_name(&self) -> &[u8] {
+        &self.bytes[..(self.length as usize / 8).min(KEY_BYTES)]
+    }
+}
+
+const _: () = assert!(size_of::<NameKey>() == 4 + KEY_BYTES);
+
+/// What stands before the records of a response to one question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Response {
+    /// Records of the answer section.
+    pub answers: u16,
+    /// Bytes of the name that was asked for, its last one included.
+    pub name: u32,
+}
+
+impl Response {
+    /// Reads the header and looks how long the question's name is. `None` if it is no response, tells of an error, or has not
+    /// exactly one question.
+    ///
+    /// A truncated response counts: what it has is as true as if it were whole.
+    #[inline(always)]
+    pub fn read<M: Bytes>(message: &M) -> Option<Self> {
+        let [_, _, flags, codes, questions_high, questions, answers @ ..] = message.load::<8>(0)?;
+        // `QR`, and `OPCODE` a standard query; `RCODE` no error.
+        let is_answer = (flags & 0xf8, codes & 0x0f) == (0x80, 0);
+        if !is_answer || questions_high != 0 || questions != 1 {
+            return None;
+        }
+        let (end, is_compressed) = end_of_name(message, HEADER)?;
+        let name = end - HEADER;
+        // There is nothing before the question that it could point to, and the root has no address.
+        let is_name = !is_compressed && name > 1;
+        is_name.then_some(Self { answers: u16::from_be_bytes(answers), name })
+    }
+
+    /// Where the records begin: after the name, its type and its class.
+    #[inline(always)]
+    pub const fn records_at(&self) -> u32 {
+        HEADER + self.name + 4
+    }
+
+    /// Writes the name that was asked for as a key. `false` if it has a byte that no host name has: patterns have none such,
+    /// and a dot within a label must not pass for one between labels.
+    #[inline(always)]
+    pub fn write_key<M: Bytes>(&self, message: &M, key: &mut NameKey) -> bool {
+        // Without its first length and its last byte: `\3www\7example\3com\0` is as long as `www.example.com` and two.
+        let length = self.name.saturating_sub(2);
+        let mut label_ends = 0;
+        for index in 0..LONGEST_NAME - 1 {
+            if index > length {
+                break;
+            }
+            let Some([byte]) = message.load::<1>(HEADER + index) else { return false };
+            let is_length = index == label_ends;
+            if is_length {
+                label_ends = index + 1 + u32::from(byte);
+            }
+            if index == 0 {
+                continue;
+            }
+            if !is_length && !is_of_name(byte) {
+                return false;
+            }
+            let at = (length - index) as usize & (KEY_BYTES - 1);
+            key.bytes[at] = if is_length { b'.' } else { byte.to_ascii_lowercase() };
+        }
+        key.bytes[length as usize & (KEY_BYTES - 1)] = 0;
+        key.length = (length + 1) * 8;
+        true
+    }
+}
+
+/// Letters, digits, `-` and `_`: what names of hosts and services are made of.
+#[inline(always)]
+const fn is_of_name(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_'
+}
+
+/// Where a name ends that begins at an offset, and whether it goes on elsewhere.
+#[inline(always)]
+fn end_of_name<M: Bytes>(message: &M, mut offset: u32) -> Option<(u32, bool)> {
+    let longest = offset + LONGEST_NAME;
+    for _ in 0..MOST_LABELS {
+        let [length] = message.load::<1>(offset)?;
+        match length {
+            0 => return Some((offset + 1, false)),
+            // A pointer (RFC 1035, 4.1.4) is two bytes, and the end.
+            0xc0.. => return Some((offset + 2, true)),
+            1..=63 => offset += 1 + u32::from(length),
+            // Reserved (RFC 6891, 5).
+            _ => return None,
+        }
+        if offset >= longest {
+            return None;
+        }
+    }
+    None
+}
+
+/// A record of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Record {
+    /// The address that it gives, if it gives one.
+    pub address: Option<Address>,
+    /// For how many seconds.
+    pub ttl: u32,
+    /// Where the next one begins.
+    pub next: u32,
+}
+
+/// Types and the class of `INTERNET` (RFC 1035, 3.2; RFC 3596).
+const TYPE_A: u16 = 1;
+const TYPE_AAAA: u16 = 28;
+const CLASS_IN: u16 = 1;
+
+impl Record {
+    /// Reads the record at an offset; `None` if it is malformed or not all there.
+    #[inline(always)]
+    pub fn read<M: Bytes>(message: &M, offset: u32) -> Option<Self> {
+        let (fields, _) = end_of_name(message, offset)?;
+        let [kind_high, kind, class_high, class, ttl @ .., length_high, length] = message.load::<10>(fields)?;
+        let [kind, class] = [[kind_high, kind], [class_high, class]].map(u16::from_be_bytes);
+        let length = u16::from_be_bytes([length_high, length]);
+        let data = fields + 10;
+        let address = match (class, kind, length) {
+            (CLASS_IN, TYPE_A, 4) => Some(Address::from_network_v4(u32::from_ne_bytes(message.load::<4>(data)?))),
+            (CLASS_IN, TYPE_AAAA, 16) => Some(Address::from_network_bytes(message.load::<16>(data)?)),
+            (CLASS_IN, TYPE_A | TYPE_AAAA, _) => return None,
+            _ => None,
+        };
+        Some(Self { address, ttl: ttl_of(ttl), next: data + u32::from(length) })
+    }
+}
+
+/// A value with the highest bit set counts as zero (RFC 2181, 8).
+#[inline(always)]
+const fn ttl_of(bytes: [u8; 4]) -> u32 {
+    let ttl = u32::from_be_bytes(bytes);
+    if ttl >> 31 == 0 { ttl } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use core::net::IpAddr;
+    use std::{string::String, vec, vec::Vec};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    struct Message(Vec<u8>);
+
+    impl Bytes for Message {
+        fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+            self.0.get(offset as usize..)?.first_chunk().copied()
+        }
+    }
+
+    fn wire(labels: &[&[u8]]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for label in labels {
+            bytes.push(u8::try_from(label.len()).unwrap());
+            bytes.extend(*label);
+        }
+        bytes.push(0);
+        bytes
+    }
+
+    fn name(text: &str) -> Vec<u8> {
+        wire(&text.split('.').map(str::as_bytes).collect::<Vec<_>>())
+    }
+
+    /// A response with a question, and records as they are written.
+    fn response(question: &[u8], records: &[Vec<u8>]) -> Message {
+        let count = u8::try_from(records.len()).unwrap();
+        let header = [0x12, 0x34, 0x81, 0x80, 0, 1, 0, count, 0, 0, 0, 0];
+        Message([&header[..], question, &[0, 1, 0, 1], &records.concat()].concat())
+    }
+
+    /// A record of a name that is a pointer to the question.
+    fn record(kind: u16, class: u16, ttl: u32, data: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(data.len()).unwrap();
+        [&[0xc0, 12][..], &kind.to_be_bytes(), &class.to_be_bytes(), &ttl.to_be_bytes(), &length.to_be_bytes(), data]
+            .concat()
+    }
+
+    /// All addresses of a response, with how long they hold, up to what is malformed.
+    fn addresses(message: &Message) -> Vec<(IpAddr, u32)> {
+        let Some(response) = Response::read(message) else { return vec![] };
+        let (mut found, mut offset) = (vec![], response.records_at());
+        for _ in 0..response.answers {
+            let Some(record) = Record::read(message, offset) else { break };
+            found.extend(record.address.map(|address| (address.to_ip(), record.ttl)));
+            offset = record.next;
+        }
+        found
+    }
+
+    fn key(message: &Message) -> Option<NameKey> {
+        let (response, mut key) = (Response::read(message)?, NameKey::EMPTY);
+        response.write_key(message, &mut key).then_some(key)
+    }
+
+    #[test]
+    fn the_key_of_a_name_is_that_of_the_question_for_it() {
+        for text in ["www.example.com", "a", "xn--bcher-kva.example", "_sip._udp.example.org"] {
+            let asked = key(&response(&name(text), &[])).unwrap();
+            assert!(asked == NameKey::of(text, false).unwrap(), "{text}: {:?}", asked.as_bytes_of_name());
+        }
+        let asked = key(&response(&name("WwW.eXample.COM"), &[])).unwrap();
+        assert_eq!(asked.as_bytes_of_name(), b"moc.elpmaxe.www\0");
+        assert_eq!(NameKey::of("example.com", true).unwrap().as_bytes_of_name(), b"moc.elpmaxe.");
+        let longest =
+            [&"a".repeat(63), &"b".repeat(63), &"c".repeat(63), &"d".repeat(61)].map(String::as_str).join(".");
+        assert_eq!(longest.len(), 253);
+        assert!(key(&response(&name(&longest), &[])).unwrap() == NameKey::of(&longest, false).unwrap());
+    }
+
+    #[test]
+    fn what_is_no_name_of_a_host_has_no_key() {
+        for labels in [
+            &[&b"a.b"[..], b"com"][..],
+            &[b"a\0b", b"com"],
+            &[b"a b", b"com"],
+            &[b"*", b"example", b"com"],
+            &[b"\xc3\xa9"],
+        ] {
+            assert!(key(&response(&wire(labels), &[])).is_none(), "{labels:?}");
+        }
+        let too_long = ["a", "b", "c", "d"].map(|label| label.repeat(63)).join(".");
+        for text in ["", ".", "a..b", "a.", "a b", "*.example.com", "é", &"a".repeat(64), &too_long] {
+            assert!(NameKey::of(text, false).is_none(), "{text}");
+        }
+        // The root.
+        assert!(Response::read(&response(&[0], &[])).is_none());
+    }
+
+    #[test]
+    fn addresses_of_both_families_are_read_and_whatever_else_stands_between_them() {
+        let message = response(
+            &name("www.example.com"),
+            &[
+                record(5, 1, 60, &name("edge.example.net")),
+                record(1, 1, 300, &[192, 0, 2, 1]),
+                record(28, 1, 7, &[0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]),
+                // Of another class, and a signature.
+                record(1, 3, 300, &[192, 0, 2, 2]),
+                record(46, 1, 300, &[0; 90]),
+                record(1, 1, 0x8000_0001, &[192, 0, 2, 3]),
+            ],
+        );
+        let expected = [("192.0.2.1", 300), ("2001:db8::5", 7), ("192.0.2.3", 0)];
+        assert_eq!(addresses(&message), expected.map(|(address, ttl)| (address.parse().unwrap(), ttl)));
+    }
+
+    #[test]
+    fn what_is_no_answer_to_one_question_teaches_nothing() {
+        let good = response(&name("a.example"), &[record(1, 1, 60, &[192, 0, 2, 1])]);
+        assert_eq!(addresses(&good).len(), 1);
+        // A query, another operation, an error, no question, two, and 256.
+        for (at, value) in [(2, 0x01), (2, 0x91), (3, 0x83), (5, 0), (5, 2), (4, 1)] {
+            let mut bytes = good.0.clone();
+            bytes[at] = value;
+            assert_eq!(addresses(&Message(bytes)), [], "{at} {value}");
+        }
+        // Truncated is not wrong.
+        let mut bytes = good.0;
+        bytes[2] |= 0x02;
+        assert_eq!(addresses(&Message(bytes)).len(), 1);
+    }
+
+    #[test]
+    fn from_what_is_malformed_nothing_more_is_learnt() {
+        let first = record(1, 1, 60, &[192, 0, 2, 1]);
+        for second in [
+            record(1, 1, 60, &[192, 0, 2]),
+            record(28, 1, 60, &[192, 0, 2, 2]),
+            [&[0x80][..], &record(1, 1, 60, &[192, 0, 2, 2])].concat(),
+        ] {
+            let message = response(&name("a.example"), &[first.clone(), second, first.clone()]);
+            assert_eq!(addresses(&message).len(), 1);
+        }
+        // The end of a message that was cut, wherever that was.
+        let whole = response(&name("a.example"), &[first.clone(), first]).0;
+        for cut in whole.len() - 16..whole.len() {
+            assert_eq!(addresses(&Message(whole[..cut].to_vec())).len(), 1, "{cut}");
+        }
+        // A question that is a pointer, and one that never ends.
+        assert!(Response::read(&response(&[0xc0, 12], &[])).is_none());
+        assert!(Response::read(&response(&[1, b'a', 0xc0, 0], &[])).is_none());
+        assert!(Response::read(&response(&[1, b'a'].repeat(128), &[])).is_none());
+    }
+
+    proptest! {
+        /// Hostile bytes are read within bounds, and nothing is found outside of them.
+        #[test]
+        fn any_bytes_can_be_read(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+            let message = Message(bytes);
+            if let Some(found) = Response::read(&message) {
+                prop_assert!(found.records_at() as usize <= message.0.len() + 4);
+                let mut key = NameKey::EMPTY;
+                if found.write_key(&message, &mut key) {
+                    let name = key.as_bytes_of_name();
+                    prop_assert_eq!(name.iter().position(|&byte| byte == 0), Some(name.len() - 1));
+                }
+            }
+            addresses(&message);
+            if let Some(record) = Record::read(&message, 0) {
+                prop_assert!(record.next > 10);
+            }
+        }
+
+        /// Two names have the same key only if they are the same name.
+        #[test]
+        fn a_key_is_of_one_name(labels in prop::collection::vec("[a-zA-Z0-9_.-]{1,8}", 1..5)) {
+            let labels: Vec<&[u8]> = labels.iter().map(String::as_bytes).collect();
+            let has_dot = labels.iter().any(|label| label.contains(&b'.'));
+            let asked = key(&response(&wire(&labels), &[]));
+            prop_assert_eq!(asked.is_none(), has_dot);
+            if let Some(asked) = asked {
+                let text = String::from_utf8(labels.join(&b"."[..])).unwrap();
+                prop_assert!(Some(asked) == NameKey::of(&text, false));
+            }
+        }
+
+        /// A name lies below another exactly where the key of the pattern is the beginning of its own.
+        #[test]
+        fn a_pattern_is_a_prefix(name in "[a-c]{1,2}(\\.[a-c]{1,2}){0,3}", above in "[a-c]{1,2}(\\.[a-c]{1,2}){0,2}") {
+            let (key, pattern) = (NameKey::of(&name, false).unwrap(), NameKey::of(&above, true).unwrap());
+            let is_below = name.strip_suffix(&above).is_some_and(|rest| rest.ends_with('.'));
+            prop_assert_eq!(key.as_bytes_of_name().starts_with(pattern.as_bytes_of_name()), is_below);
+        }
+    }
+}
