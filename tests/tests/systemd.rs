@@ -734,10 +734,11 @@ fn the_service_starts_again_stops_and_is_killed_without_a_gap() {
     });
 }
 
-/// Runs `dpkg`, which must succeed.
+/// Runs `dpkg`, which must succeed. What it says is shown if the test fails.
 fn dpkg(args: &[&str]) {
     let output = Command::new("dpkg").args(args).env("DEBIAN_FRONTEND", "noninteractive").output().unwrap();
-    assert!(output.status.success(), "dpkg {args:?}: {output:?}");
+    println!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "dpkg {}", args.join(" "));
 }
 
 #[test]
@@ -755,7 +756,8 @@ fn the_package_is_installed_upgraded_without_a_gap_removed_and_purged() {
     };
 
     dpkg(&["--install", "/packages/older.deb"]);
-    assert!(is("is-active") && is("is-enabled"));
+    assert!(is("is-active"), "{}", systemctl(&["show", SERVICE]));
+    assert!(is("is-enabled"));
     assert!(!web.is_filtered(), "as installed it refuses nothing");
     let status = Command::new("/usr/bin/egress-agent").arg("status").output().unwrap();
     assert!(matches!(status.status.code(), Some(0 | 1)), "{status:?}");
