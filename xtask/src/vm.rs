@@ -267,10 +267,10 @@ fn fetch(workspace: &Workspace, package: &str) -> Result<PathBuf> {
 /// what installs packages.
 fn fetch_systemd(workspace: &Workspace, suite: &str) -> Result<PathBuf> {
     let directory = workspace.target("vm").join(format!("systemd-{suite}"));
-    step::once(&directory, "3", |directory| {
+    step::once(&directory, "4", |directory| {
         let debian = Debian::suite(&directory.join("apt"), &Debian::mirror("debian")?, suite)?;
         debian.unpack(
-            &debian.plan(&[], &["systemd", "libbpf1", "dpkg", "init-system-helpers", "libc-bin"])?,
+            &debian.plan(&[], &["systemd", "libbpf1", "dpkg", "init-system-helpers", "libc-bin", "perl-base"])?,
             &directory.join("root"),
         )
     })
