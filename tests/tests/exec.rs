@@ -58,6 +58,13 @@ impl Host {
         self.place.tell(&mut command);
         command.arg("exec").args(args).env_remove("SUDO_UID").env_remove("SUDO_GID");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let by_default = || {
+            // SAFETY: the call takes two numbers, and the second stands for no function.
+            unsafe { libc::signal(libc::SIGHUP, libc::SIG_DFL) };
+            Ok(())
+        };
+        // SAFETY: between fork and exec the closure makes one system call. Whoever runs the tests may ignore the signal (`nohup`).
+        unsafe { command.pre_exec(by_default) };
         command
     }
 
