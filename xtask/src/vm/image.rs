@@ -83,7 +83,7 @@ StandardOutput=file:/dev/console
 StandardError=inherit
 ";
 
-/// Runs the tests, prints what [`super::report`] reads, and ends the machine.
+/// Runs the tests, prints what [`mod@super::report`] reads, and ends the machine.
 const RUN_TESTS: &str = r#"
 # Ends a line that systemd began, which resets the console.
 echo
