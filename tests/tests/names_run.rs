@@ -25,7 +25,7 @@ struct World {
     server: Option<Dnsmasq>,
     place: Place,
     namespace: Netns,
-    _policies: TempDir,
+    policies: TempDir,
     _cgroup: Cgroup,
 }
 
@@ -47,7 +47,15 @@ impl World {
         let mut agent = Agent::spawn_in(Some(&place), command(&namespace, policies.path(), &cgroup)).unwrap();
         agent.wait_for("policy applied generation=1 ").unwrap();
         let dialer = Dialer::start(env!("CARGO_BIN_EXE_dial"), &cgroup, &namespace).unwrap();
-        Self { dialer, agent, server, place, namespace, _policies: policies, _cgroup: cgroup }
+        Self { dialer, agent, server, place, namespace, policies, _cgroup: cgroup }
+    }
+
+    /// Replaces the policy, and waits until the log says something.
+    fn write(&mut self, policy: &str, words: &str) {
+        let new = self.policies.path().join(".new");
+        fs::write(&new, policy).unwrap();
+        fs::rename(new, self.policies.path().join("api.yaml")).unwrap();
+        self.agent.wait_for(words).unwrap();
     }
 
     fn is_open(&mut self, address: &str) -> bool {
@@ -66,8 +74,9 @@ impl World {
 
 /// The agent in the namespace of its server.
 fn command(namespace: &Netns, policies: &Path, cgroup: &Cgroup) -> std::process::Command {
-    let more =
-        ["--resolver", RESOLVER, "--resolve-wait", "1", "--name-floor", "1", "--name-grace", "1", "--no-loopback"];
+    let mut more =
+        vec!["--resolver", RESOLVER, "--resolve-wait", "1", "--name-floor", "1", "--name-grace", "1", "--no-loopback"];
+    more.extend(["--memory-limit", "1"]);
     let run = run_command(policies, cgroup.path(), &more).unwrap();
     let mut command = namespace.command(run.get_program(), None).unwrap();
     command.args(run.get_args());
@@ -119,6 +128,22 @@ fn a_server_that_dies_closes_nothing() {
     })
     .unwrap();
     assert!(world.is_open("192.0.2.1"));
+}
+
+/// Too large a policy is refused as a whole, after its names were asked for.
+#[test]
+fn after_a_policy_that_was_not_put_in_force_the_names_before_are_asked_for_again() {
+    let mut world = World::new(Some("192.0.2.1 api.example.com\n192.0.2.2 other.example.com\n"), "api.example.com");
+    let addresses: Vec<String> = (0..10_000_u32).map(|index| format!("10.{}.{}.1", index >> 8, index & 255)).collect();
+    let large = document("large.example.com").replace("name: api", "name: large");
+    let large = large.replace("hosts:", &format!("addresses: [{}], hosts:", addresses.join(", ")));
+    world.write(&format!("{}---\n{large}", document("other.example.com")), "the last good policy stays in force");
+    assert!(world.is_open("192.0.2.1") && !world.is_open("192.0.2.2"));
+    let more = document("api.example.com").replace("ports: [", "ports: [{ number: 80, name: http, protocol: TCP }, ");
+    world.write(&more, "policy applied generation=2 ");
+    assert!(world.is_open("192.0.2.1"));
+    world.server.as_ref().unwrap().say("192.0.2.3 api.example.com\n").unwrap();
+    world.becomes("192.0.2.3", true);
 }
 
 #[test]
