@@ -211,6 +211,12 @@ impl CgroupPaths {
         self.known.get(&id)?.as_deref()
     }
 
+    /// The ids of the cgroups above one at a path, the nearest first.
+    pub fn above(&self, path: &Path) -> impl Iterator<Item = u64> {
+        let below = |above: &Path| fs::metadata(self.mount.join(below(above))).ok().map(|meta| meta.ino());
+        path.ancestors().skip(1).filter_map(below).collect::<Vec<_>>().into_iter()
+    }
+
     fn of_process(&self, id: u64, pid: u32) -> Option<PathBuf> {
         let path = cgroup2_path(&fs::read(format!("/proc/{pid}/cgroup")).ok()?)?;
         let is_it = fs::metadata(self.mount.join(&path)).is_ok_and(|meta| meta.ino() == id);
@@ -226,6 +232,13 @@ impl CgroupPaths {
         });
         self.known = known.collect();
     }
+}
+
+/// The processes in a cgroup; of a threaded one, the threads, which alone are told.
+pub(crate) fn tasks(directory: &Path) -> Vec<u32> {
+    let read = |name| fs::read_to_string(directory.join(name));
+    let tasks = read("cgroup.procs").or_else(|_| read("cgroup.threads")).unwrap_or_default();
+    tasks.lines().filter_map(|pid| pid.parse().ok()).collect()
 }
 
 /// The systemd unit that a cgroup belongs to: the first component of its path that is not a slice, if that is a service,

@@ -13,7 +13,7 @@ use crate::{
     compile::{NodeAction, PodContext},
     dataplane::PacketGuard,
     exec::DANGEROUS,
-    policy::{L4, address},
+    policy::{L4, Selector, address},
     prefix::canonical,
     privileges::CapabilitySet,
     scopes::UnknownWorkloads,
@@ -134,15 +134,22 @@ pub struct RunArgs {
     /// Who resolves the host names of policies; by default the servers of /etc/resolv.conf. The hosts file comes first.
     #[arg(long, value_name = "IP[:PORT]", env = "EGRESS_RESOLVER", value_delimiter = ',', value_parser = server)]
     pub resolver: Vec<SocketAddr>,
+    /// A unit, or a cgroup, that resolves names for the whole host, such as systemd-resolved.service: what it is answered counts for
+    /// every workload, and it may serve port 53. May be given several times.
+    #[arg(long, value_name = "UNIT|CGROUP", env = "EGRESS_SHARED_RESOLVER", value_delimiter = ',', value_parser = workload)]
+    pub shared_resolver: Vec<Selector>,
     /// How long a start waits for the addresses of names; what comes later is put in force when it comes.
     #[arg(long, value_name = "SECONDS", env = "EGRESS_RESOLVE_WAIT", default_value_t = 5)]
     pub resolve_wait: u64,
-    /// No name is asked for again sooner, however short its answer is good for.
+    /// An answer for a name holds at least so long, and no name is asked for again sooner.
     #[arg(long, value_name = "SECONDS", env = "EGRESS_NAME_FLOOR", default_value_t = 5)]
     pub name_floor: u64,
-    /// How long an address stays open after it left the answer for its name.
+    /// How long an address stays open after the answer for its name has ended, as programs keep what they were told.
     #[arg(long, value_name = "SECONDS", env = "EGRESS_NAME_GRACE", default_value_t = 300)]
     pub name_grace: u64,
+    /// How many addresses of names each workload may have learnt at a time; further ones are refused until some have ended.
+    #[arg(long, value_name = "N", env = "EGRESS_NAME_QUOTA", default_value_t = 8_192)]
+    pub name_quota: u32,
     /// Start even if everything on the host would be refused.
     #[arg(long, env = "EGRESS_FORCE")]
     pub force: bool,
@@ -222,6 +229,19 @@ impl NetworkArgs {
 }
 
 /// A prefix or an address; host bits are masked.
+/// A path has a slash, a unit has none.
+fn workload(text: &str) -> Result<Selector, String> {
+    let is_unit = !text.contains('/') && text.contains('.');
+    match text.trim_matches('/') {
+        "" => Err(
+            "is neither a unit, such as systemd-resolved.service, nor a cgroup, such as system.slice/dnsmasq.service"
+                .to_owned(),
+        ),
+        name if is_unit => Ok(Selector::Unit(name.to_owned())),
+        path => Ok(Selector::Cgroup(path.to_owned())),
+    }
+}
+
 fn network(text: &str) -> Result<IpNet, String> {
     let read = address::network(text).map_err(|bad| format!("{}: {}", bad.message, bad.help))?;
     Ok(read.net)

@@ -13,9 +13,9 @@ use egress_common::{Action, RuleId};
 use ipnet::IpNet;
 
 use crate::{
-    policy::{HostPattern, L4, Mode, PolicySet, RuleName},
+    policy::{HostPattern, L4, Mode, PolicySet, RuleName, Selector},
     ruleset::{Ruleset, rule_id},
-    workload::Workload,
+    workload::{Workload, selects_any},
 };
 
 pub mod combine;
@@ -56,13 +56,15 @@ pub struct Context {
     pub names: Names,
     /// What holds of pods alone.
     pub pods: PodContext,
+    /// Who resolves names for the whole host.
+    pub shared_resolvers: Vec<Selector>,
 }
 
 impl Context {
     /// Nothing is known but the node's default.
     pub fn new(node_default: NodeDefault) -> Self {
         let (system_resolvers, names, pods) = (Vec::new(), Names::default(), PodContext::default());
-        Self { node_default, system_resolvers, names, pods }
+        Self { node_default, system_resolvers, names, pods, shared_resolvers: Vec::new() }
     }
 }
 
@@ -131,6 +133,8 @@ pub struct Statement {
 pub struct Part {
     /// OR-ed.
     pub blocks: Vec<Block>,
+    /// Names that may turn out to have other addresses; OR-ed with the blocks.
+    pub hosts: Vec<HostPattern>,
     /// OR-ed.
     pub ports: Vec<Ports>,
 }
@@ -172,7 +176,9 @@ pub fn compile(policies: &PolicySet, workload: &Workload, context: &Context) -> 
     let view = |mode| combine::combine(policies, workload, context, mode);
     // The enforcing view always exists: where no policy enforces, the node default does.
     let enforcing = view(Mode::Enforce).unwrap_or_else(Combined::allow_any);
-    assemble(&enforcing, view(Mode::Audit).as_ref())
+    let ruleset = assemble(&enforcing, view(Mode::Audit).as_ref())?;
+    let serves_dns = selects_any(&context.shared_resolvers, workload);
+    Ok(if serves_dns { ruleset.with_dns_service() } else { ruleset })
 }
 
 /// Flattens both views over one table of rule names, which is sorted as far as the names say and so the same for the
@@ -185,7 +191,7 @@ pub(crate) fn assemble(enforcing: &Combined, with_audit: Option<&Combined>) -> R
     let table = |combined: &Combined| {
         let ids: Vec<RuleId> = combined.statements.iter().map(|statement| ids[&statement.name]).collect();
         let table = flatten::flatten(&combined.statements, &ids, combined.default)?;
-        Ok(table.with_settings(combined.settings))
+        Ok(table.with_settings(combined.settings).with_resolvers(combined.resolvers.clone()))
     };
     Ok(Ruleset {
         enforcing: table(enforcing)?,

@@ -6,7 +6,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    io,
     os::fd::{AsFd as _, OwnedFd},
+    path::Path,
     time::SystemTime,
 };
 
@@ -16,11 +18,15 @@ use aya::{
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
-use egress_common::{Counter, Hook, Meta, Placement, Refusal, RuleId, Scope, Settings, UserKey, View, map};
+use egress_common::{
+    Address, Counter, Hook, Lifetime, Meta, Placement, Refusal, ResolverKey, RuleId, SHARED, Scope, Settings, UserKey,
+    View, map,
+};
 use zerocopy::transmute;
 
 use crate::{
     cgroup::Cgroup,
+    netns,
     pins::{self, PinSet},
     privileges,
     ruleset::Table,
@@ -29,8 +35,10 @@ use crate::{
 
 mod contents;
 mod error;
+mod facts;
 mod ids;
 mod lsm;
+mod names;
 pub mod pinned;
 mod plan;
 mod programs;
@@ -40,8 +48,11 @@ mod sys;
 use contents::{NO_PREALLOC, patiently};
 pub use error::DataplaneError;
 use error::is_eperm;
+pub use facts::AskedNames;
+use facts::Facts;
 use ids::RuleIds;
 pub use ids::RuleNames;
+use names::{NameIds, Names};
 pub use plan::Change;
 use plan::{Live, Step, plan, room};
 use programs::Hooks;
@@ -52,6 +63,10 @@ use slots::Slots;
 type Placements = KernelHash<MapData, u64, [u8; 8]>;
 /// The `USERS` map, in bytes: [`UserKey`] → number of a [`Scope`].
 type Users = KernelHash<MapData, [u8; 8], u32>;
+/// The `RESOLVERS` map, in bytes: [`ResolverKey`] → 1.
+type Resolvers = KernelHash<MapData, [u8; size_of::<ResolverKey>()], u32>;
+/// The `NETNS` map: cookie → 1.
+type NetworkNamespaces = KernelHash<MapData, u64, u32>;
 /// The `VIEWS` map, in bytes: view → [`Settings`].
 type Views = Array<MapData, [u8; 8]>;
 
@@ -72,6 +87,9 @@ pub struct Dataplane {
     users: Users,
     slots: Slots,
     views: Views,
+    name_ids: Names,
+    resolvers: Resolvers,
+    namespaces: NetworkNamespaces,
     meta: Array<MapData, [u8; size_of::<Meta>()]>,
     written: Meta,
     live: Live,
@@ -82,8 +100,29 @@ pub struct Dataplane {
     /// The kernel's ids for the rules of each scope.
     ids_of: HashMap<Scope, Vec<RuleId>>,
     rules: RuleIds,
+    /// Whom each scope believes.
+    believed: HashMap<Scope, BTreeSet<Address>>,
+    names: NameIds,
+    facts: Facts,
+    /// The cgroups to whose sockets is listened, each with its link where that is not pinned.
+    listening: BTreeMap<u64, Option<OwnedFd>>,
     memory_limit: u64,
     can_set_retval: bool,
+}
+
+/// What holds for what is learnt of names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NameSettings {
+    /// For how long answers hold.
+    pub lifetime: Lifetime,
+    /// How many addresses each workload may have learnt.
+    pub quota: u32,
+}
+
+impl Default for NameSettings {
+    fn default() -> Self {
+        Self { lifetime: Lifetime { floor: 5, grace: 300 }, quota: 8_192 }
+    }
 }
 
 /// What a policy became in the kernel.
@@ -132,6 +171,7 @@ impl Dataplane {
         object: &[u8],
         log: KernelLog,
         guard: PacketGuard,
+        names: NameSettings,
         mut pins: PinSet,
         memory_limit: u64,
     ) -> Result<Self, DataplaneError> {
@@ -156,18 +196,27 @@ impl Dataplane {
             placements: None,
             users: take(&mut ebpf, map::USERS)?,
             slots: Slots::open(&pins)?,
+            facts: Facts::open(pins.path())?,
             views: take(&mut ebpf, map::VIEWS)?,
+            name_ids: take(&mut ebpf, map::NAME_IDS)?,
+            resolvers: take(&mut ebpf, map::RESOLVERS)?,
+            namespaces: take(&mut ebpf, map::NETNS)?,
             meta: take(&mut ebpf, map::META)?,
             ebpf,
             pins,
             unpinned: Vec::new(),
-            written: Meta::new(std::process::id(), env!("CARGO_PKG_VERSION")).with_hooks(&hooks.loaded, &hooks.refused),
+            written: Meta::new(std::process::id(), env!("CARGO_PKG_VERSION"))
+                .with_hooks(&hooks.loaded, &hooks.refused)
+                .with_names(names.lifetime, names.quota),
             hooks,
             live: Live::default(),
             numbers: Vec::new(),
             left: Vec::new(),
             ids_of: HashMap::new(),
             rules: RuleIds::default(),
+            believed: HashMap::new(),
+            names: NameIds::default(),
+            listening: BTreeMap::new(),
             memory_limit,
             can_set_retval,
         })
@@ -180,6 +229,9 @@ impl Dataplane {
         let size = self.fits(layout)?;
         let plan = plan(&self.live, layout, change)?;
         let is_changed = plan.live != self.live;
+        let patterns = names::patterns(layout);
+        self.names.assign(&patterns);
+        let names = self.names.trie(&patterns)?;
         let mut last = None;
         let made = self.fill(&plan.steps, layout).and_then(|()| {
             plan.steps.iter().try_for_each(|step| {
@@ -196,6 +248,11 @@ impl Dataplane {
         }
         (self.live, self.numbers) = (plan.live, plan.numbers);
         self.left = plan.cleanup;
+        if let Some(names) = names {
+            // After the rules: what is learnt for a name must find what it may do.
+            self.names.exchange(&mut self.name_ids, names, &mut self.pins)?;
+        }
+        self.guard_dns()?;
         let live = &self.live;
         self.ids_of.retain(|scope, _| live.scopes.contains_key(scope));
         if change == Change::Policy && is_changed {
@@ -218,7 +275,7 @@ impl Dataplane {
     /// What a layout takes, if it may.
     fn fits(&self, layout: &Layout) -> Result<Applied, DataplaneError> {
         let tables = || layout.scopes.iter().flat_map(|scope| scope.ruleset.views(Scope::new(0)));
-        let prefixes: usize = tables().map(|(_, table)| table.entries().len()).sum();
+        let prefixes: usize = tables().map(|(_, table)| table.entries().len() + table.names().len()).sum();
         let segments: usize = tables().map(|(_, table)| table.segments().len()).sum();
         let bytes = prefixes as u64 * PREFIX_BYTES + segments as u64 * SEGMENT_BYTES;
         let (scopes, limit) = (layout.scopes.len(), self.memory_limit);
@@ -236,8 +293,9 @@ impl Dataplane {
             let ruleset = &layout.scopes[index].ruleset;
             let ids = self.rules.assign(&ruleset.rules);
             for (view, table) in ruleset.views(scope) {
-                filled.push(contents::fill(view, table, &ids)?);
+                filled.push(contents::fill(view, table, &ids, &self.names)?);
             }
+            self.believe(scope, ruleset.resolvers().map(Address::from).collect())?;
             self.set(scope.enforcing(), Some(&ruleset.enforcing))?;
             self.set(scope.with_audit(), ruleset.with_audit.as_ref())?;
             self.ids_of.insert(scope, ids);
@@ -264,7 +322,10 @@ impl Dataplane {
             },
             Step::Exchange(placements) => self.exchange(placements),
             Step::RemoveUsers(users) => users.iter().try_for_each(|&key| self.remove_user(key)),
-            Step::Clear(scopes) => self.slots.clear(scopes),
+            Step::Clear(scopes) => {
+                self.slots.clear(scopes)?;
+                scopes.iter().try_for_each(|&scope| self.disbelieve(scope))
+            }
         }
     }
 
@@ -276,6 +337,57 @@ impl Dataplane {
     fn remove_user(&mut self, key: UserKey) -> Result<(), DataplaneError> {
         let key: [u8; 8] = transmute!(key);
         self.users.remove(&key).map_err(|cause| failed(map::USERS, "empty", cause))
+    }
+
+    /// Lets the workloads of a scope that nothing points to believe these resolvers.
+    fn believe(&mut self, scope: Scope, resolvers: BTreeSet<Address>) -> Result<(), DataplaneError> {
+        for &resolver in &resolvers {
+            let key: [u8; size_of::<ResolverKey>()] = transmute!(ResolverKey::new(scope, resolver));
+            patiently(|| self.resolvers.insert(key, 1, 0)).map_err(|cause| failed(map::RESOLVERS, "fill", cause))?;
+        }
+        self.believed.insert(scope, resolvers);
+        Ok(())
+    }
+
+    fn disbelieve(&mut self, scope: Scope) -> Result<(), DataplaneError> {
+        for resolver in self.believed.remove(&scope).into_iter().flatten() {
+            let key: [u8; size_of::<ResolverKey>()] = transmute!(ResolverKey::new(scope, resolver));
+            self.resolvers.remove(&key).map_err(|cause| failed(map::RESOLVERS, "empty", cause))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps port 53 for those who may serve it, where somebody believes a resolver of this host.
+    fn guard_dns(&mut self) -> Result<(), DataplaneError> {
+        let in_force = self.believed.iter().filter(|(scope, _)| self.live.scopes.contains_key(scope));
+        let guards = in_force.flat_map(|(_, resolvers)| resolvers).any(|resolver| resolver.is_loopback());
+        if guards == self.written.guards_dns() {
+            Ok(())
+        } else {
+            self.write_meta(self.written.with_dns_guarded(guards))
+        }
+    }
+
+    /// Lets sockets of the calling thread's network namespace believe resolvers. On kernels that do not tell its cookie
+    /// otherwise, this takes a program on `own`, the agent's cgroup.
+    pub fn trust_own_namespace(&mut self, own: Option<&Cgroup>) -> Result<(), DataplaneError> {
+        let cookie = match (netns::own_cookie(), own) {
+            (Err(error), Some(own)) if error.kind() == io::ErrorKind::Unsupported => {
+                programs::ask_cookie(&mut self.ebpf, own)?
+            }
+            (cookie, _) => cookie.map_err(DataplaneError::NoCookie)?,
+        };
+        self.trust_namespace(cookie)
+    }
+
+    /// Lets sockets of a network namespace believe resolvers.
+    pub fn trust_namespace(&mut self, cookie: u64) -> Result<(), DataplaneError> {
+        self.namespaces.insert(cookie, 1, 0).map_err(|cause| failed(map::NETNS, "fill", cause))
+    }
+
+    /// The network namespace is gone.
+    pub fn distrust_namespace(&mut self, cookie: u64) -> Result<(), DataplaneError> {
+        self.namespaces.remove(&cookie).map_err(|cause| failed(map::NETNS, "empty", cause))
     }
 
     fn exchange(&mut self, contents: &BTreeMap<u64, Placement>) -> Result<(), DataplaneError> {
@@ -305,6 +417,7 @@ impl Dataplane {
                 let _ = self.remove_user(UserKey::new(scope, uid));
             }
             self.ids_of.remove(&scope);
+            let _ = self.disbelieve(scope);
         }
         if let Err(error) = self.slots.clear(&new) {
             tracing::warn!(%error, "what was filled stays in memory");
@@ -322,7 +435,7 @@ impl Dataplane {
     /// of them fails.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
         let mut links = Vec::new();
-        for &hook in &self.hooks.loaded {
+        for &hook in self.hooks.loaded.iter().filter(|&&hook| hook != Hook::Ingress) {
             links.push((hook.as_str(), programs::attach(&mut self.ebpf, hook, cgroup)?));
         }
         if !self.pins.is_there() {
@@ -334,6 +447,56 @@ impl Dataplane {
             let path = self.pins.room_for(hook)?;
             Ok(sys::pin(link.as_fd(), &path).map_err(pins::failed("pin", &path))?)
         })
+    }
+
+    /// Removes what was learnt and holds no longer.
+    pub fn sweep(&mut self) -> Result<(), DataplaneError> {
+        let placements = &self.live.placements;
+        let learnt = self.facts.sweep(|workload| workload == SHARED || placements.contains_key(&workload))?;
+        self.names.retain(&learnt);
+        Ok(())
+    }
+
+    /// Takes over what another set learnt of names; how many addresses that were.
+    pub fn adopt_facts(&mut self, set: &Path) -> Result<usize, DataplaneError> {
+        self.facts.adopt(set, &self.names)
+    }
+
+    /// The cgroups to whose sockets is listened.
+    pub fn listening(&self) -> impl Iterator<Item = u64> {
+        self.listening.keys().copied()
+    }
+
+    /// Whether is listened to the sockets of a cgroup.
+    pub fn listens_to(&self, id: u64) -> bool {
+        self.listening.contains_key(&id)
+    }
+
+    /// Listens to what the sockets of a cgroup, and of those below it, receive: there names are learnt.
+    pub fn listen(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
+        if !self.hooks.loaded.contains(&Hook::Ingress) || self.listening.contains_key(&cgroup.id) {
+            return Ok(());
+        }
+        let link = programs::attach(&mut self.ebpf, Hook::Ingress, cgroup)?;
+        let kept = if self.pins.is_there() {
+            let path = self.pins.room_for(&pinned::listener(cgroup.id))?;
+            sys::pin(link.as_fd(), &path).map_err(pins::failed("pin", &path))?;
+            None
+        } else {
+            Some(link)
+        };
+        self.listening.insert(cgroup.id, kept);
+        Ok(())
+    }
+
+    /// Listens no longer to a cgroup, which may be gone.
+    pub fn unlisten(&mut self, id: u64) -> Result<(), DataplaneError> {
+        if let Some(None) = self.listening.remove(&id)
+            && self.pins.is_there()
+        {
+            pinned::detach_link(&self.pins.path().join(pinned::listener(id)))?;
+        }
+        Ok(())
     }
 
     /// The set is complete: it is found by whoever looks for one, and is not swept as half-made.
@@ -381,6 +544,11 @@ impl Dataplane {
         self.rules.names.clone()
     }
 
+    /// What workloads asked for when they got addresses.
+    pub fn asked_names(&self) -> Result<AskedNames, DataplaneError> {
+        AskedNames::open(self.pins.path())
+    }
+
     /// How many events found no room in the ring buffer.
     pub fn lost(&self) -> Result<u64, DataplaneError> {
         let stats = self.ebpf.map(map::STATS).ok_or(DataplaneError::Missing { what: "map", name: map::STATS })?;
@@ -397,6 +565,10 @@ fn insert(placements: &mut Placements, contents: &BTreeMap<u64, Placement>) -> R
         let value: [u8; 8] = transmute!(placement);
         patiently(|| placements.insert(id, value, 0)).map_err(|cause| failed(map::WORKLOADS, "fill", cause))
     })
+}
+
+fn open(set: &Path, name: &'static str) -> Result<MapData, DataplaneError> {
+    MapData::from_pin(set.join(name)).map_err(|cause| failed(name, "open", cause))
 }
 
 fn take<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, DataplaneError> {

@@ -1,22 +1,23 @@
 //! What is in force on a cgroup, and how that follows its policies and the cgroups below it.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     io,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use crate::{
-    cgroup::{self, Cgroup},
+    cgroup::{self, Cgroup, CgroupError},
     dataplane::{Applied, Change, Dataplane, DataplaneError},
-    existing::Sweep,
+    existing::{Sweep, may_enter},
     hierarchy::{Changed, Hierarchy},
-    pods::Pods,
+    netns::PodNamespaces,
+    pods::{Place, Pods},
     policy::load::Watched,
     ruleset::Ruleset,
     run::{RunError, chain, system},
-    scopes::{Layout, Placement, Seat, Selector},
+    scopes::{Layout, Node, Placement, Seat, Selector},
     socket_matching::{self, Matching, Vigil},
     status,
     watch::Watch,
@@ -24,6 +25,9 @@ use crate::{
 
 /// How often the cgroup is looked after, beside the notice of changes.
 pub(crate) const LOOK_AFTER: Duration = Duration::from_secs(1);
+
+/// How often what was learnt of names, and holds no longer, is removed.
+const SWEEP: Duration = Duration::from_secs(10);
 
 /// The filtered cgroup over time. It may be removed and made again, as systemd does when it restarts a unit; the programs
 /// go with it, so they are attached again.
@@ -47,6 +51,12 @@ pub(crate) struct Enforcement {
     layout: Layout,
     pub(crate) dataplane: Dataplane,
     sweeping: Sweeping,
+    /// When what was learnt of names was swept last.
+    swept: Instant,
+    /// Where pods are, if the agent may look.
+    namespaces: Option<PodNamespaces>,
+    /// Why names are not learnt, if they are not.
+    unlearnt: Option<String>,
     /// Where the kernel may stop to match sockets to cgroups.
     vigil: Option<Vigil>,
 }
@@ -95,8 +105,17 @@ impl Target {
 
 impl Enforcement {
     /// Puts the first policy into the kernel; nothing is attached yet. Must be called in a tokio runtime.
-    pub(crate) fn new(target: Target, dataplane: Dataplane, selector: Selector) -> Result<(Self, Applied), RunError> {
+    pub(crate) fn new(
+        target: Target,
+        mut dataplane: Dataplane,
+        selector: Selector,
+    ) -> Result<(Self, Applied), RunError> {
         let Target { mount, given, cgroup, agent } = target;
+        let trusted = dataplane.trust_own_namespace(agent.as_ref());
+        let unlearnt = trusted.err().map(|error| format!("names are not learnt in the kernel: {}", chain(&error)));
+        if let Some(unlearnt) = &unlearnt {
+            tracing::warn!("{unlearnt}");
+        }
         let always = agent.as_ref().map(|agent| agent.path.as_path());
         let hierarchy = Hierarchy::new(&mount, &cgroup.path, always).map_err(system(CANNOT_WATCH))?;
         let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
@@ -105,7 +124,10 @@ impl Enforcement {
         let vigil = (socket_matching::is_possible() && !cgroup.is_root()).then(Vigil::default);
         let mut enforcement = Self {
             vigil,
+            namespaces: may_enter().then(PodNamespaces::default),
+            unlearnt,
             sweeping: Sweeping::Done,
+            swept: Instant::now(),
             given,
             mount,
             cgroup,
@@ -120,6 +142,7 @@ impl Enforcement {
             dataplane,
         };
         let applied = enforcement.place(Change::Policy)?;
+        enforcement.follow_namespaces();
         Ok((enforcement, applied))
     }
 
@@ -144,7 +167,9 @@ impl Enforcement {
     /// What is not as it should be.
     pub(crate) fn degraded(&self) -> Vec<String> {
         let stopped = self.vigil.as_ref().is_some_and(Vigil::is_stopped);
-        stopped.then(|| socket_matching::STOPPED.to_owned()).into_iter().collect()
+        let learns = self.dataplane.listening().next().is_some();
+        let unlearnt = self.unlearnt.clone().filter(|_| learns);
+        stopped.then(|| socket_matching::STOPPED.to_owned()).into_iter().chain(unlearnt).collect()
     }
 
     /// Attaches the programs.
@@ -221,10 +246,59 @@ impl Enforcement {
     }
 
     fn apply(&mut self, change: Change) -> Result<Applied, RunError> {
-        let layout = self.selector.layout(&self.hierarchy.nodes(), self.agent.as_ref().map(|agent| agent.id))?;
+        let nodes = self.hierarchy.nodes();
+        let layout = self.selector.layout(&nodes, self.agent.as_ref().map(|agent| agent.id))?;
+        // Who listens before there is something to learn misses nothing.
+        let listening = self.listen(&nodes, &layout)?;
         let applied = self.dataplane.apply(&layout, change)?;
         self.layout = layout;
+        self.unlisten(&listening);
         Ok(applied)
+    }
+
+    /// Listens to the cgroups whose rules name names; tells which they are. What is below one of them is listened to with it.
+    fn listen(&mut self, nodes: &[Node], layout: &Layout) -> Result<BTreeSet<u64>, RunError> {
+        let matters = layout.scopes.iter().any(|scope| scope.ruleset.has_names());
+        let has_names = |seat| match seat {
+            Seat::Scope(index) => {
+                let scope = &layout.scopes[index];
+                let of_users = scope.users.values().map(|&index| &layout.scopes[index]);
+                std::iter::once(scope)
+                    .chain(of_users)
+                    .any(|scope| scope.ruleset.has_names() || (matters && scope.ruleset.serves_dns()))
+            }
+            Seat::Exempt | Seat::Unknown => false,
+        };
+        let mut wanted = BTreeSet::new();
+        let mut paths: HashSet<&Path> = HashSet::new();
+        let mut sorted: Vec<&Node> = nodes.iter().collect();
+        sorted.sort_by_key(|node| node.level());
+        for node in sorted {
+            let path = Path::new(&node.path);
+            let names = layout.placements.get(&node.id).is_some_and(|at| has_names(at.own) || has_names(at.below));
+            if !names || path.ancestors().any(|above| paths.contains(above)) {
+                continue;
+            }
+            paths.insert(path);
+            wanted.insert(node.id);
+            let is_new = !self.dataplane.listens_to(node.id);
+            match is_new.then(|| Cgroup::open(&self.mount.join(&node.path), &self.mount)) {
+                Some(Ok(cgroup)) if cgroup.id == node.id => self.dataplane.listen(&cgroup)?,
+                // It is gone, which will be noticed.
+                Some(Ok(_) | Err(CgroupError::NotFound { .. })) | None => {}
+                Some(Err(error)) => return Err(error.into()),
+            }
+        }
+        Ok(wanted)
+    }
+
+    fn unlisten(&mut self, wanted: &BTreeSet<u64>) {
+        let unwanted: Vec<u64> = self.dataplane.listening().filter(|id| !wanted.contains(id)).collect();
+        for id in unwanted {
+            if let Err(error) = self.dataplane.unlisten(id) {
+                tracing::warn!(error = %chain(&error), cgroup = id, "names are still learnt in a cgroup where none matters");
+            }
+        }
     }
 
     /// Waits until cgroups come or go.
@@ -251,7 +325,29 @@ impl Enforcement {
         if let Err(error) = updated.and_then(|()| self.apply(Change::Cgroups)) {
             tracing::error!(error = %chain(&error), "cannot place new cgroups: they are refused, or judged as their parents");
         }
+        self.follow_namespaces();
         self.sweeping = Sweeping::OnceMore;
+    }
+
+    /// Lets pods believe resolvers in their own network namespaces, where names matter.
+    fn follow_namespaces(&mut self) {
+        let Some(namespaces) = &mut self.namespaces else { return };
+        if self.dataplane.listening().next().is_none() {
+            return;
+        }
+        let (nodes, pods) = (self.hierarchy.nodes(), self.selector.pods());
+        let of_pods = nodes.iter().filter(|node| matches!(pods.place(&node.path), Place::Pod(_)));
+        let directories =
+            of_pods.flat_map(|node| cgroup::directories(&self.mount.join(&node.path)).collect::<Vec<_>>());
+        let (came, went) = namespaces.follow(directories.flat_map(|directory| cgroup::tasks(&directory)));
+        for changed in [
+            came.into_iter().try_for_each(|cookie| self.dataplane.trust_namespace(cookie)),
+            went.into_iter().try_for_each(|cookie| self.dataplane.distrust_namespace(cookie)),
+        ] {
+            if let Err(error) = changed {
+                tracing::error!(error = %chain(&error), "cannot follow the network namespaces of pods");
+            }
+        }
     }
 
     /// Forgets cgroups that went, and places those that could not be placed before.
@@ -267,11 +363,18 @@ impl Enforcement {
     /// Catches up with cgroups that came and went, and attaches again where the cgroup was made anew.
     pub(crate) fn look_after(&mut self) {
         self.look_for_pins();
+        self.follow_namespaces();
         if let Sweeping::OnceMore = std::mem::replace(&mut self.sweeping, Sweeping::Done) {
             self.sweep();
         }
         if let Some(vigil) = &mut self.vigil {
             vigil.look(self.agent.as_ref());
+        }
+        if self.swept.elapsed() >= SWEEP {
+            self.swept = Instant::now();
+            if let Err(error) = self.dataplane.sweep() {
+                tracing::error!(error = %chain(&error), "what was learnt of names is not forgotten");
+            }
         }
         if let Err(error) = self.catch_up() {
             tracing::error!(error = %chain(&error), "cannot follow the cgroups that came and went");

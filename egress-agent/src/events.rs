@@ -12,14 +12,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use egress_common::{Decision, Event, Hook, SocketKind, Verdict};
+use egress_common::{Address, Decision, Event, Hook, Protocol, Reason, SHARED, SocketKind, Verdict};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use crate::{
     cgroup::{self, CgroupPaths},
     compile::Names,
-    dataplane::RuleNames,
+    dataplane::{AskedNames, RuleNames},
     pods::{PodName, PodNames},
     policy::RuleName,
 };
@@ -45,6 +45,10 @@ pub struct Connection {
     pub errno: Option<&'static str>,
     /// How many alike this line stands for.
     pub count: u64,
+    /// What it probably was: `address_sorting` is the C library, which sorts the addresses of a name by connecting a UDP socket
+    /// to each, and sends nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<&'static str>,
     /// Where to; absent where a socket was refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub destination: Option<Destination>,
@@ -70,7 +74,7 @@ pub struct Destination {
     pub address: IpAddr,
     /// TCP or UDP port.
     pub port: u16,
-    /// A name of the policies that has this address.
+    /// The name that the workload asked for last when it got this address; else one of the policies that has it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
 }
@@ -141,6 +145,7 @@ pub struct Enricher {
     paths: CgroupPaths,
     rules: RuleNames,
     hosts: HostNames,
+    asked: Option<AskedNames>,
     pods: PodNames,
     /// `/proc` shows the ids that the kernel reports.
     sees_all: bool,
@@ -149,7 +154,20 @@ pub struct Enricher {
 impl Enricher {
     /// Names rules by `rules`, cgroups by `paths` and addresses by `hosts`.
     pub fn new(paths: CgroupPaths, rules: RuleNames, hosts: HostNames) -> Self {
-        Self { paths, rules, hosts, pods: PodNames::default(), sees_all: is_initial_pid_namespace() }
+        Self { paths, rules, hosts, asked: None, pods: PodNames::default(), sees_all: is_initial_pid_namespace() }
+    }
+
+    /// Knows what workloads asked for.
+    #[must_use]
+    pub fn with_asked(self, asked: AskedNames) -> Self {
+        Self { asked: Some(asked), ..self }
+    }
+
+    /// What the workload of a cgroup asked for when it got an address: the cgroup's own, or that of the nearest above it.
+    fn asked(&self, cgroup: u64, path: Option<&Path>, address: Address) -> Option<String> {
+        let asked = self.asked.as_ref()?;
+        let above = path.into_iter().flat_map(|path| self.paths.above(path));
+        std::iter::once(cgroup).chain(above).chain([SHARED]).find_map(|workload| asked.get(workload, address))
     }
 
     /// Names pods by `pods`.
@@ -165,7 +183,9 @@ impl Enricher {
         let address = event.address().to_ip();
         let pid = self.sees_all.then_some(process.pid);
         let path = self.paths.path(process.cgroup_id, pid).map(PathBuf::from);
+        let asked = self.asked(process.cgroup_id, path.as_deref(), event.address());
         Some(Connection {
+            note: sorts_addresses(event, hook, decision, asked.is_some()).then_some(ADDRESS_SORTING),
             time: humantime::format_rfc3339_nanos(wall_time(event.time())).to_string(),
             verdict: decision.verdict.as_str(),
             reason: decision.reason.as_str(),
@@ -177,7 +197,7 @@ impl Enricher {
             destination: has_destination(hook).then(|| Destination {
                 address,
                 port: event.port(),
-                host: self.hosts.get(address),
+                host: asked.or_else(|| self.hosts.get(address)),
             }),
             unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
             container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
@@ -199,11 +219,39 @@ fn is_initial_pid_namespace() -> bool {
     is_initial
 }
 
+/// See [`Connection::note`].
+const ADDRESS_SORTING: &str = "address_sorting";
+
+/// Whether it looks as if somebody sorts the addresses of a name (RFC 6724; `getaddrinfo` of glibc): a UDP socket is connected
+/// to an address that the workload was told for a name, and no rule names it. QUIC looks the same.
+fn sorts_addresses(event: &Event, hook: Hook, decision: Decision, is_asked: bool) -> bool {
+    let connects = matches!(hook, Hook::Connect4 | Hook::Connect6) && event.protocol() == Protocol::UDP;
+    connects && decision.reason == Reason::NoRule && is_asked
+}
+
+impl Connection {
+    /// Whether another stands for the same: one process that sorts the addresses of one name.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let host = |connection: &Self| connection.destination.as_ref().and_then(|destination| destination.host.clone());
+        self.note.is_some()
+            && self.note == other.note
+            && self.process.pid == other.process.pid
+            && host(self) == host(other)
+    }
+}
+
 /// Whether what was refused had a destination.
 const fn has_destination(hook: Hook) -> bool {
     match hook {
         Hook::Connect4 | Hook::Connect6 | Hook::Sendmsg4 | Hook::Sendmsg6 | Hook::Egress => true,
-        Hook::SockCreate | Hook::SocketCreate | Hook::Setsockopt | Hook::Recvmsg4 | Hook::Recvmsg6 => false,
+        Hook::SockCreate
+        | Hook::SocketCreate
+        | Hook::Setsockopt
+        | Hook::Recvmsg4
+        | Hook::Recvmsg6
+        | Hook::Bind4
+        | Hook::Bind6
+        | Hook::Ingress => false,
     }
 }
 
@@ -313,6 +361,12 @@ impl fmt::Display for Connection {
         write!(f, " reason={}", self.reason)?;
         if let Some(host) = self.destination.as_ref().and_then(|destination| destination.host.as_ref()) {
             write!(f, " host={host}")?;
+        }
+        if self.count > 1 {
+            write!(f, " count={}", self.count)?;
+        }
+        if let Some(note) = self.note {
+            write!(f, " note={note}")?;
         }
         if let Some(rule) = &self.rule {
             write!(f, " rule={:?}", rule.to_string())?;

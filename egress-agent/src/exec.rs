@@ -24,7 +24,7 @@ use crate::{
     cgroup::{self, CgroupPaths},
     cli::{ExecArgs, LogLevel},
     compile::{Context, NodeDefault, PodContext},
-    dataplane::{self, Dataplane, DataplaneError, KernelLog, PacketGuard},
+    dataplane::{self, Dataplane, DataplaneError, KernelLog, NameSettings, PacketGuard},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
     explain::Explainer,
@@ -225,6 +225,7 @@ fn options(args: &ExecArgs) -> SourceOptions {
         node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
         unknown: UnknownWorkloads::Deny,
         pods: PodContext::default(),
+        shared_resolvers: Vec::new(),
     }
 }
 
@@ -257,8 +258,14 @@ impl Behind<'_> {
         let hosts = HostNames::new(&names);
         let context = self.source.context(self.policy, names.clone());
         let workload = described(&target.cgroup.path, command);
-        let dataplane =
-            Dataplane::prepare(self.object, self.log, PacketGuard::On, scratch.pins().begin()?, MEMORY_LIMIT)?;
+        let dataplane = Dataplane::prepare(
+            self.object,
+            self.log,
+            PacketGuard::On,
+            NameSettings::default(),
+            scratch.pins().begin()?,
+            MEMORY_LIMIT,
+        )?;
         let selector = self.source.selector(self.policy, names);
         let (mut enforcement, _) = Enforcement::new(target, dataplane, selector)?;
         enforcement.expect_matching()?;
@@ -300,6 +307,7 @@ impl Behind<'_> {
         tally: Arc<Mutex<Tally>>,
     ) -> Result<Reporter, RunError> {
         let enricher = Enricher::new(CgroupPaths::new(self.mount.to_owned()), dataplane.rule_names(), hosts);
+        let enricher = enricher.with_asked(dataplane.asked_names()?);
         let (events, log) = (dataplane.take_events()?, dataplane.take_log());
         let listener = Box::new(move |connection: &_| {
             if let Ok(mut tally) = tally.lock() {

@@ -2,23 +2,22 @@
 //!
 //! Sockets are found by their cgroup in every network namespace that a process at or below the attach point is in, judged by
 //! [`egress_common::decide`] as a new connection would be, and ended as `ss --kill` does. What a listening socket accepted is
-//! no choice of the workload and stays.
+//! no choice of the workload and stays; so does what a name that the policy allows may have opened.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    fs::{self, File},
-    io,
+    fs, io,
     net::UdpSocket,
-    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    thread,
 };
 
-use egress_common::{Flow, Protocol, Verdict};
-use rustix::thread::{CapabilitySet, LinkNameSpaceType, capabilities, move_into_link_name_space};
+use egress_common::{Flow, Protocol, Reason, Verdict};
+use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::{
-    cgroup::{below, directories},
+    cgroup::{below, directories, tasks},
+    netns::Namespace,
     policy::{EgressPolicy, Existing, Mode, PolicySet},
     privileges::TERMINATE,
     ruleset::Ruleset,
@@ -61,19 +60,22 @@ pub fn terminates(policy: &EgressPolicy) -> bool {
     policy.mode == Mode::Enforce && policy.existing == Some(Existing::Terminate)
 }
 
+/// Whether the calling thread may enter network namespaces.
+pub(crate) fn may_enter() -> bool {
+    capabilities(None).is_ok_and(|held| held.effective.contains(TERMINATE))
+}
+
 /// The capabilities that take what policies ask for. Fails if the calling thread lacks them, or the kernel the means.
 pub fn expect(policies: &PolicySet) -> Result<CapabilitySet, ExistingError> {
     if !policies.egress_policies.iter().any(terminates) {
         return Ok(CapabilitySet::empty());
     }
-    let may_enter = capabilities(None).is_ok_and(|held| held.effective.contains(TERMINATE));
-    if may_enter { probe().map(|()| TERMINATE) } else { Err(ExistingError::Privilege) }
+    if may_enter() { probe().map(|()| TERMINATE) } else { Err(ExistingError::Privilege) }
 }
 
 /// What can be given to those who may ask for it later: nothing, if the calling thread or the kernel cannot.
 pub fn possible() -> CapabilitySet {
-    let may_enter = capabilities(None).is_ok_and(|held| held.effective.contains(TERMINATE));
-    if may_enter && probe().is_ok() { TERMINATE } else { CapabilitySet::empty() }
+    if may_enter() && probe().is_ok() { TERMINATE } else { CapabilitySet::empty() }
 }
 
 /// Where connections are looked for.
@@ -127,7 +129,12 @@ impl Sweep<'_> {
             Kind::Udp => Protocol::UDP,
         };
         let (address, port) = (socket.destination.ip().into(), socket.destination.port());
-        let decision = scope.ruleset.decide(&Flow { place: Ruleset::PLACE, protocol, address, port });
+        let flow = Flow { place: Ruleset::PLACE, protocol, address, port };
+        let decision = scope.ruleset.decide(&flow);
+        // What it was opened by may be forgotten, and what a name opened stays.
+        if decision.reason == Reason::NoRule && scope.ruleset.may_allow_by_name(&flow) {
+            return None;
+        }
         let rule = || scope.ruleset.rule(&decision).map_or_else(|| "default".to_owned(), ToString::to_string);
         (decision.verdict == Verdict::Deny).then(rule)
     }
@@ -175,41 +182,7 @@ impl Cgroups {
 
     /// By their number, each network namespace that a process of one of these is in.
     fn namespaces(&self) -> BTreeMap<u64, Namespace> {
-        // Those of a threaded cgroup are told by thread only.
-        let tasks = |path: &PathBuf| {
-            let read = |name| fs::read_to_string(path.join(name));
-            read("cgroup.procs").or_else(|_| read("cgroup.threads")).unwrap_or_default()
-        };
-        let tasks: Vec<String> = self.paths.values().map(tasks).collect();
-        let pids = tasks.iter().flat_map(|tasks| tasks.lines()).filter_map(|pid| pid.parse().ok());
+        let pids = self.paths.values().flat_map(|path| tasks(path));
         pids.filter_map(|pid| Namespace::of(pid).ok()).collect()
-    }
-}
-
-/// A network namespace, and a process in it.
-struct Namespace {
-    file: File,
-    pid: u32,
-}
-
-impl Namespace {
-    fn of(pid: u32) -> io::Result<(u64, Self)> {
-        let file = File::open(format!("/proc/{pid}/ns/net"))?;
-        Ok((file.metadata()?.ino(), Self { file, pid }))
-    }
-
-    /// Works on a thread that enters it, unless it is this one's anyway.
-    fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-        let own = fs::metadata("/proc/thread-self/ns/net")?.ino();
-        if self.file.metadata()?.ino() == own {
-            return work();
-        }
-        let enter = || {
-            move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?;
-            work()
-        };
-        let done =
-            thread::scope(|threads| Ok::<_, io::Error>(thread::Builder::new().spawn_scoped(threads, enter)?.join()))?;
-        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }

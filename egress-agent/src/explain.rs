@@ -5,7 +5,7 @@
 
 use std::{collections::HashSet, net::IpAddr};
 
-use egress_common::{Decision, Flow, Protocol, Verdict};
+use egress_common::{Address, Decision, Flow, NameEnd, NameKey, Protocol, Verdict};
 use ipnet::IpNet;
 use serde::Serialize;
 
@@ -44,6 +44,12 @@ impl Destination {
             L4::Udp => Protocol::UDP,
         };
         Flow { place: Ruleset::PLACE, protocol, address: self.address.into(), port: self.port }
+    }
+
+    /// The name that the kernel will have learnt for the address, if it was given by name.
+    fn learnt(&self) -> Option<NameKey> {
+        let host = self.host.as_deref().filter(|_| Address::from(self.address).reserved().is_none());
+        host.and_then(|host| NameKey::of(host, NameEnd::Exact))
     }
 }
 
@@ -153,12 +159,12 @@ impl<'a> Explainer<'a> {
 
     /// Only the answer.
     pub fn answer(&self, to: &Destination) -> Explanation {
-        self.tell(to, self.ruleset.decide(&to.flow()))
+        self.tell(to, self.decide(to))
     }
 
     /// The answer with the rules that did not decide, and the document that would allow what is refused.
     pub fn explain(&self, to: &Destination) -> Explanation {
-        let decision = self.ruleset.decide(&to.flow());
+        let decision = self.decide(to);
         let to_allow = match decision.verdict {
             Verdict::Deny => self.to_allow(to, decision),
             // No policy is there to be opened, so an entry for `--default Deny` is what will be needed.
@@ -167,6 +173,10 @@ impl<'a> Explainer<'a> {
         };
         let other_rules = Some(self.other_rules(to, self.ruleset.rule(&decision)));
         Explanation { other_rules, to_allow, ..self.tell(to, decision) }
+    }
+
+    fn decide(&self, to: &Destination) -> Decision {
+        self.ruleset.decide_named(&to.flow(), to.learnt().as_ref())
     }
 
     fn tell(&self, to: &Destination, decision: Decision) -> Explanation {
@@ -213,10 +223,10 @@ impl<'a> Explainer<'a> {
         }
     }
 
-    /// A document that allows what the default refuses. What a `deny` refuses, no document can open, and none can name
-    /// port 0.
+    /// A document that allows what the default refuses. What a `deny` refuses, no document can open, nor `100::/64`, and none can
+    /// name port 0.
     fn to_allow(&self, to: &Destination, decision: Decision) -> Option<String> {
-        if decision.rule.is_some() || to.port == 0 {
+        if decision.rule.is_some() || to.port == 0 || Address::from(to.address).is_discard_only() {
             return None;
         }
         let wanted = write::Wanted { address: to.address, port: to.port, l4: to.protocol, host: to.host.as_deref() };
@@ -248,7 +258,8 @@ fn reach(statement: &Statement, to: &Destination) -> Reach {
 }
 
 fn reach_of(part: &Part, to: &Destination) -> Reach {
-    if !part.blocks.iter().any(|block| is_in(block, to.address)) {
+    let is_named = to.host.as_ref().is_some_and(|host| part.hosts.iter().any(|pattern| pattern.covers(host)));
+    if !is_named && !part.blocks.iter().any(|block| is_in(block, to.address)) {
         return Reach::Elsewhere;
     }
     let with_port = || part.ports.iter().filter(|ports| (ports.low..=ports.high).contains(&to.port));

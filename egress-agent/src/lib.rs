@@ -17,6 +17,7 @@ pub mod explain;
 mod hierarchy;
 pub mod kubernetes;
 mod mounts;
+mod netns;
 pub mod pins;
 pub mod pods;
 pub mod policy;

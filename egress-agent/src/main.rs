@@ -206,7 +206,7 @@ fn context(args: &ExplainArgs) -> anyhow::Result<Context> {
         names.0.entry(host.clone()).or_default().insert(*address);
     }
     let node_default = NodeDefault { action: args.default, loopback: true, dns: true };
-    Ok(Context { node_default, system_resolvers, names, pods: args.networks.context() })
+    Ok(Context { node_default, system_resolvers, names, pods: args.networks.context(), shared_resolvers: Vec::new() })
 }
 
 fn who(args: &ExplainArgs) -> Who {

@@ -6,6 +6,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::Path, sync::Arc};
 
+use egress_common::{NameEnd, NameKey};
 use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
@@ -154,6 +155,15 @@ impl HostPattern {
             Self::Exact(exact) => name == exact,
             Self::Below(suffix) => name.strip_suffix(suffix.as_str()).is_some_and(|rest| rest.ends_with('.')),
             Self::Ending(end) => name.ends_with(end.as_str()),
+        }
+    }
+
+    /// As the key of a longest-prefix match; `None` if no name that DNS can ask for is covered.
+    pub fn key(&self) -> Option<NameKey> {
+        match self {
+            Self::Exact(name) => NameKey::of(name, NameEnd::Exact),
+            Self::Below(suffix) => NameKey::of(suffix, NameEnd::Below),
+            Self::Ending(end) => NameKey::of(end, NameEnd::Ending),
         }
     }
 }

@@ -79,11 +79,12 @@ impl Reporter {
     ) -> io::Result<Self> {
         let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC)?;
         let name = sink.name;
-        let mut source = Source { sink, events, log, enricher, output, closed: false, lost: 0 };
+        let mut source = Source { sink, events, log, enricher, output, folded: None, closed: false, lost: 0 };
         let thread = thread::Builder::new().name("report".to_owned()).spawn(move || {
             for event in backlog {
                 source.report(Some(event));
             }
+            source.unfold();
             source.run(&stopped);
         })?;
         Ok(Self { thread, stop, name })
@@ -108,6 +109,8 @@ struct Source {
     log: Option<KernelLog>,
     enricher: Enricher,
     output: Output,
+    /// What is to be written, unless more of the same comes.
+    folded: Option<Connection>,
     /// Nobody reads any more.
     closed: bool,
     /// Denials that could not be written.
@@ -163,6 +166,7 @@ impl Source {
                 break;
             }
         }
+        self.unfold();
         if self.lost > before {
             tracing::error!(lost = self.lost, "denials could not be written to {}", self.sink.name);
         }
@@ -172,13 +176,33 @@ impl Source {
         let Some(connection) = event.and_then(|event| self.enricher.connection(&event)) else {
             return tracing::error!("the kernel programs reported an event of another version");
         };
+        match &mut self.folded {
+            Some(folded) if folded.is_like(&connection) => folded.count += 1,
+            _ => {
+                self.unfold();
+                if connection.note.is_some() {
+                    self.folded = Some(connection);
+                } else {
+                    self.tell(&connection);
+                }
+            }
+        }
+    }
+
+    fn unfold(&mut self) {
+        if let Some(folded) = self.folded.take() {
+            self.tell(&folded);
+        }
+    }
+
+    fn tell(&mut self, connection: &Connection) {
         if let Some(listener) = &mut self.sink.listener {
-            listener(&connection);
+            listener(connection);
         }
         if self.closed {
             return;
         }
-        match write(&mut self.sink.out, &connection, self.output) {
+        match write(&mut self.sink.out, connection, self.output) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 tracing::error!("nobody reads {} any more; enforcement goes on without reports", self.sink.name);

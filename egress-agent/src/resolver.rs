@@ -35,7 +35,6 @@ mod ask;
 mod dns;
 mod entry;
 mod hosts;
-mod never;
 mod report;
 mod table;
 #[cfg(test)]

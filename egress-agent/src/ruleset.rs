@@ -3,11 +3,11 @@
 //! A [`Ruleset`] is logical. It names no map, file descriptor or kernel id, and it answers [`egress_common::decide`]
 //! itself, which is how `explain` and the tests see exactly what the kernel sees.
 
-use std::num::NonZeroU32;
+use std::{net::IpAddr, num::NonZeroU32};
 
 use egress_common::{
-    Action, Address, Decision, Entries, Entry, Flow, Place, Protocol, RuleId, Rules, Scope, Segment, SegmentList,
-    Settings, View, decide, find_segment,
+    Action, Address, Claim, Claims, Decision, Entries, Entry, Flow, NameId, NameKey, NamedRules, Place, Protocol,
+    RuleId, Rules, SHARED, Scope, Segment, SegmentList, Settings, Verdict, View, decide, find_segment, rule_by_name,
 };
 use sha2::{Digest, Sha256};
 use zerocopy::IntoBytes;
@@ -26,9 +26,44 @@ pub struct Ruleset {
 }
 
 impl Ruleset {
-    /// Judges a flow as the kernel would.
+    /// Judges a flow as the kernel would that has learnt nothing of names.
     pub fn decide(&self, flow: &Flow) -> Decision {
-        decide(self, flow)
+        self.decide_named(flow, None)
+    }
+
+    /// Judges a flow as the kernel would that has learnt that its destination was an answer for a name.
+    pub fn decide_named(&self, flow: &Flow, name: Option<&NameKey>) -> Decision {
+        decide(&Asked { ruleset: self, name }, flow)
+    }
+
+    /// Whether some name would allow a flow, if its destination was an answer for it.
+    pub fn may_allow_by_name(&self, flow: &Flow) -> bool {
+        let names = self.enforcing.names().filter_map(|(name, _)| NameKey::from_bytes_of_name(name));
+        names.into_iter().any(|name| self.decide_named(flow, Some(&name)).verdict != Verdict::Deny)
+    }
+
+    /// Whether it names names, so that it matters what is learnt of them.
+    pub fn has_names(&self) -> bool {
+        self.views(Self::SCOPE).any(|(_, table)| !table.names.is_empty())
+    }
+
+    /// Whether its workloads resolve names for the whole host.
+    pub fn serves_dns(&self) -> bool {
+        self.enforcing.settings.serves_dns()
+    }
+
+    /// Of workloads that resolve names for the whole host.
+    pub(crate) fn with_dns_service(mut self) -> Self {
+        for table in [Some(&mut self.enforcing), self.with_audit.as_mut()].into_iter().flatten() {
+            table.settings = table.settings.with_dns_service();
+        }
+        self
+    }
+
+    /// Whose answers are believed, where names matter.
+    pub fn resolvers(&self) -> impl Iterator<Item = IpAddr> {
+        let is_wanted = self.has_names();
+        self.views(Self::SCOPE).flat_map(|(_, table)| &table.resolvers).copied().filter(move |_| is_wanted)
     }
 
     /// The name of the rule that decided.
@@ -74,26 +109,52 @@ impl Ruleset {
     }
 }
 
-/// Both views in one [`Rules`]: the slot of a segment list, which is 0 in a [`Table`], becomes the index of its view.
-impl Rules for Ruleset {
+/// A ruleset that is asked about a flow whose destination was an answer for a name. Both views in one [`Rules`]: the slot of a
+/// segment list, which is 0 in a [`Table`], becomes the index of its view.
+struct Asked<'a> {
+    ruleset: &'a Ruleset,
+    name: Option<&'a NameKey>,
+}
+
+impl Rules for Asked<'_> {
     fn entry(&self, view: View, address: Address) -> Option<Entry> {
         let slot = u16::try_from(view.index()).ok()?;
-        Some(in_slot(self.table(view)?.entry(address), slot))
+        Some(in_slot(self.ruleset.table(view)?.entry(address), slot))
     }
 
     fn segment(&self, list: SegmentList, protocol: Protocol, port: u16) -> Option<Segment> {
-        let (_, table) = self.views(Self::SCOPE).find(|(view, _)| view.index() == u32::from(list.slot))?;
+        let (_, table) = self.ruleset.views(Ruleset::SCOPE).find(|(view, _)| view.index() == u32::from(list.slot))?;
         let get = |index: u32| table.segments.get(usize::try_from(list.first + index).ok()?).copied();
         get(find_segment(list.count, protocol, port, get)?)
     }
 
     fn settings(&self, view: View) -> Option<Settings> {
-        Some(self.table(view)?.settings)
+        Some(self.ruleset.table(view)?.settings)
     }
 
     /// A flow that is only asked about has no socket that could have heard anything.
     fn is_reply(&self, _: &Flow) -> bool {
         false
+    }
+
+    fn rule_by_name(&self, view: View, flow: &Flow) -> Option<RuleId> {
+        rule_by_name(self, view, flow, SHARED)
+    }
+}
+
+/// The only name there is.
+const ASKED: NameId = NameId::new(1).unwrap();
+
+impl NamedRules for Asked<'_> {
+    fn claims(&self, _: &Flow, _: u64) -> (Claims, u32) {
+        let claims = self.name.map_or(Claims::default(), |_| Claims::only(Claim::new(ASKED, u32::MAX)));
+        (claims, 0)
+    }
+
+    fn named(&self, view: View, _: NameId) -> Option<Entry> {
+        let (slot, table) = (u16::try_from(view.index()).ok()?, self.ruleset.table(view)?);
+        let value = self.name.and_then(|name| table.name_value(name.as_bytes_of_name()))?;
+        Some(in_slot(table.values[value as usize], slot))
     }
 }
 
@@ -107,6 +168,9 @@ pub fn in_slot(entry: Entry, slot: u16) -> Entry {
     }
 }
 
+/// A name or pattern as [`egress_common::NameKey`] has it, with the index of its value.
+pub(crate) type NamedValue = (Box<[u8]>, u32);
+
 /// One view: the contents of a trie and of its segments.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
@@ -119,25 +183,48 @@ pub struct Table {
     /// The distinct values; segment lists are in slot 0.
     values: Vec<Entry>,
     segments: Vec<Segment>,
+    /// Sorted.
+    names: Vec<NamedValue>,
     settings: Settings,
+    resolvers: Vec<IpAddr>,
 }
 
 impl Table {
     /// From sorted prefixes with the roots among them, each with the index of its value.
     pub(crate) fn new(
         contents: Vec<(Prefix, u32)>,
+        names: Vec<NamedValue>,
         values: Vec<Entry>,
         segments: Vec<Segment>,
         default: Action,
     ) -> Self {
         let (prefixes, value_of): (Vec<Prefix>, Vec<u32>) = contents.into_iter().unzip();
         let settings = Settings::new(default);
-        Self { parents: parents(&prefixes), prefixes, value_of, values, segments, settings }
+        let (parents, resolvers) = (parents(&prefixes), Vec::new());
+        Self { prefixes, value_of, parents, values, segments, names, settings, resolvers }
     }
 
     /// With what holds beside the rules.
     pub(crate) fn with_settings(self, settings: Settings) -> Self {
         Self { settings, ..self }
+    }
+
+    /// With whom it believes.
+    pub(crate) fn with_resolvers(self, mut resolvers: Vec<IpAddr>) -> Self {
+        resolvers.sort_unstable();
+        resolvers.dedup();
+        Self { resolvers, ..self }
+    }
+
+    /// Every name and pattern, as [`egress_common::NameKey`] has them, with the index of its value; sorted.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = (&[u8], u32)> {
+        self.names.iter().map(|(name, value)| (&**name, *value))
+    }
+
+    /// The index of the value of the closest pattern that covers a name, or another pattern.
+    pub fn name_value(&self, name: &[u8]) -> Option<u32> {
+        let found = |length| self.names.binary_search_by(|(known, _)| (**known).cmp(&name[..length])).ok();
+        (1..=name.len()).rev().find_map(found).map(|index| self.names[index].1)
     }
 
     /// Every prefix with its value, sorted by address and then from short to long.
@@ -180,6 +267,15 @@ impl Table {
         hasher.update(self.values.as_bytes());
         hasher.update(self.segments.as_bytes());
         hasher.update(self.settings.as_bytes());
+        // Where nothing is named, nothing is learnt, and whom it would be learnt from makes no difference.
+        for (name, value) in &self.names {
+            hasher.update([u8::try_from(name.len()).unwrap_or(u8::MAX)]);
+            hasher.update(name);
+            hasher.update(value.to_be_bytes());
+        }
+        for resolver in self.resolvers.iter().filter(|_| !self.names.is_empty()) {
+            hasher.update(Address::from(*resolver).as_bytes());
+        }
     }
 }
 

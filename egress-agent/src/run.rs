@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use egress_common::Event;
+use egress_common::{Event, Lifetime};
 use rustix::system::uname;
 use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,7 @@ use crate::{
     cli::{ClusterArgs, EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
     compile::{CompileError, Names, NodeAction, NodeDefault},
     control::{self, Asked, Control, Request},
-    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, pinned},
+    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, NameSettings, pinned},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
     exec,
@@ -180,7 +180,8 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let pins = PinDirectory::claim(&args.pin_dir)?;
     exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
     let limit = args.memory_limit.saturating_mul(1_000_000);
-    let dataplane = Dataplane::prepare(object, kernel_log(log), args.packet_guard, pins.begin()?, limit)?;
+    let set = pins.begin()?;
+    let dataplane = Dataplane::prepare(object, kernel_log(log), args.packet_guard, name_settings(args), set, limit)?;
     for hook in dataplane.refused() {
         tracing::warn!(hook = hook.as_str(), "this kernel lacks what a program needs: see docs/kernels.md");
     }
@@ -197,11 +198,11 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     // Before there is a second thread, which would keep its own.
     privileges::keep_only(privileges::RUNNING | files(args) | terminating);
     enforcement.terminate();
-    let backlog = retire(&pins, enforcement.dataplane.pins().path());
+    let backlog = retire(&pins, &mut enforcement.dataplane);
     let pods = PodNames::default();
     pods.set(enforcement.pods().clone());
     let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
-    let enricher = enricher.with_pods(pods.clone());
+    let enricher = enricher.with_pods(pods.clone()).with_asked(enforcement.dataplane.asked_names()?);
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
     // Whoever waits for the start may ask at once.
     let control = listen(args);
@@ -280,6 +281,15 @@ fn options(args: &RunArgs) -> SourceOptions {
         node_default: NodeDefault { action: args.default, loopback: !args.no_loopback, dns: !args.no_dns },
         unknown: args.unknown_workloads,
         pods: args.cluster.networks.context(),
+        shared_resolvers: args.shared_resolver.clone(),
+    }
+}
+
+fn name_settings(args: &RunArgs) -> NameSettings {
+    let seconds = |seconds: u64| u32::try_from(seconds).unwrap_or(u32::MAX);
+    NameSettings {
+        lifetime: Lifetime { floor: seconds(args.name_floor), grace: seconds(args.name_grace) },
+        quota: args.name_quota,
     }
 }
 
@@ -322,13 +332,28 @@ pub(crate) const fn kernel_log(log: LogLevel) -> KernelLog {
 
 /// Takes every set but our own out of force, and hands over what their programs reported and nobody read. What fails here
 /// is more that is enforced, never less.
-fn retire(pins: &PinDirectory, own: &Path) -> Vec<Event> {
+///
+/// What it learnt of names is taken over before, so that nothing is refused in between, and once more after, for what it alone
+/// heard meanwhile.
+fn retire(pins: &PinDirectory, dataplane: &mut Dataplane) -> Vec<Event> {
+    let own = dataplane.pins().path().to_owned();
     let others = pins.sets().unwrap_or_default();
     let mut backlog = Vec::new();
-    for set in others.iter().filter(|set| *set != own) {
+    for set in others.iter().filter(|set| **set != own) {
         let path = set.display();
+        let mut adopt = || {
+            let adopted = dataplane.adopt_facts(set);
+            let adopted =
+                adopted.inspect(|facts| tracing::debug!(facts, pins = %path, "taken over what was learnt of names"));
+            if let Err(error) = adopted {
+                tracing::warn!(error = %chain(&error), pins = %path, "what the agent before learnt of names is lost");
+            }
+        };
+        adopt();
         let read = || Ok::<_, DataplaneError>((pinned::drain(set)?, pinned::lost(set)?));
-        let retired = pinned::detach(set).map(|()| match read() {
+        let detached = pinned::detach(set);
+        adopt();
+        let retired = detached.map(|()| match read() {
             Ok((events, lost)) => {
                 backlog.extend(events);
                 if lost > 0 {
@@ -622,7 +647,7 @@ impl State {
             attached: self.enforcement.is_attached(),
             pinned: self.enforcement.is_pinned(),
             scopes: self.enforcement.scopes(),
-            names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report() },
+            names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report(), learnt: None },
             kubernetes: self.source.cluster.as_ref().map(|cluster| self.tell_cluster(cluster)),
         };
         serde_json::to_string(&told).unwrap_or_default()

@@ -19,7 +19,9 @@ use crate::{
     pods::{self, Pods},
     policy::{Mode, ObjectName, PolicySet},
     ruleset::Ruleset,
-    workload::{ScopeKey, UserIdentity, Workload, names_root, selects, selects_only_below},
+    workload::{
+        ScopeKey, UserIdentity, Workload, names_root, select_only_below, selects, selects_any, selects_only_below,
+    },
 };
 
 /// What becomes of a cgroup that is not placed yet, where policies select cgroups around it.
@@ -118,7 +120,8 @@ pub struct Selector {
     users: Vec<UserIdentity>,
     pods: Pods,
     scopes: Vec<Scope>,
-    known: HashMap<(ScopeKey, Kind), usize>,
+    /// By whom policies select, what for, and whether it resolves names for the whole host.
+    known: HashMap<(ScopeKey, Kind, bool), usize>,
     /// By cgroup id.
     placed: HashMap<u64, Placement>,
 }
@@ -162,6 +165,7 @@ impl Selector {
     pub fn looks_below(&self, path: &str) -> bool {
         matches!(self.pods.place(path), pods::Place::Parent)
             || self.policies.egress_policies.iter().any(|policy| selects_only_below(policy, path))
+            || select_only_below(&self.context.shared_resolvers, path)
     }
 
     /// Places cgroups, the attach point first. `agent` is the agent's own.
@@ -220,21 +224,23 @@ impl Selector {
 
     /// Only what enforces can make a difference to a verdict. Any policy that does may be for a pod that comes.
     fn refuses_below(&self, path: &str) -> bool {
-        let mut enforcing = self.policies.egress_policies.iter().filter(|policy| policy.mode == Mode::Enforce);
-        self.unknown == UnknownWorkloads::Deny
-            && match self.pods.place(path) {
-                pods::Place::Parent => {
-                    enforcing.next().is_some()
-                        || self.pods.is_any_refused()
-                        || self.context.node_default.action == NodeAction::Deny
-                }
-                _ => enforcing.any(|policy| selects_only_below(policy, path)),
-            }
+        if self.unknown == UnknownWorkloads::Inherit {
+            return false;
+        }
+        let policies = self.policies.egress_policies.iter();
+        let mut enforcing = policies.filter(|policy| policy.mode == Mode::Enforce).peekable();
+        let enforces = enforcing.peek().is_some() || self.context.node_default.action == NodeAction::Deny;
+        if let pods::Place::Parent = self.pods.place(path) {
+            return enforces || self.pods.is_any_refused();
+        }
+        let is_resolver = || enforces && select_only_below(&self.context.shared_resolvers, path);
+        enforcing.any(|policy| selects_only_below(policy, path)) || is_resolver()
     }
 
     /// The scope of a workload, compiled if it is the first of its kind, with those of its users.
     fn scope(&mut self, workload: &Workload, kind: Kind) -> Result<usize, CompileError> {
-        let key = (ScopeKey::new(&self.policies, workload), kind);
+        let serves_dns = selects_any(&self.context.shared_resolvers, workload);
+        let key = (ScopeKey::new(&self.policies, workload), kind, serves_dns);
         if let Some(&scope) = self.known.get(&key) {
             return Ok(scope);
         }

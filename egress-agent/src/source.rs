@@ -13,7 +13,8 @@ use crate::{
     kubernetes::{Cluster, Revisions, Selection, Snapshot},
     pods::Pods,
     policy::{
-        Endpoint, EndpointAddress, HostPattern, ObjectName, PolicySet, ServiceEntry, User,
+        Endpoint, EndpointAddress, HostPattern, ObjectName, PolicySet, Selector as WorkloadSelector, ServiceEntry,
+        User,
         diagnostic::{Finding, Severity},
         egress_policy::unbuilt::unsupported,
         load::{LoadError, LoadOptions, Loaded, load, watched},
@@ -39,6 +40,8 @@ pub(crate) struct SourceOptions {
     pub(crate) unknown: UnknownWorkloads,
     /// What holds of pods alone.
     pub(crate) pods: PodContext,
+    /// Who resolves names for the whole host.
+    pub(crate) shared_resolvers: Vec<WorkloadSelector>,
 }
 
 /// Where policies come from.
@@ -126,7 +129,7 @@ impl Source {
         };
         let Snapshot { revisions, pods, service_entries, egress_policies, .. } = snapshot.unwrap_or_default();
         let mut told = Told { before: &self.told, now: BTreeSet::new() };
-        let (names, wildcards) = names(&set, &mut told);
+        let (names, wildcards) = names(&set);
         let users = users(&set, &mut told);
         for object in &hidden {
             if told.is_new("hidden", object.to_string()) {
@@ -150,7 +153,8 @@ impl Source {
     /// What rules depend on besides the documents.
     pub(crate) fn context(&self, policy: &Policy, names: Names) -> Context {
         let (node_default, system_resolvers) = (self.options.node_default, policy.system_resolvers.clone());
-        Context { node_default, system_resolvers, names, pods: self.options.pods.clone() }
+        let SourceOptions { pods, shared_resolvers, .. } = self.options.clone();
+        Context { node_default, system_resolvers, names, pods, shared_resolvers }
     }
 
     /// Places workloads by these policies and what is known of their names.
@@ -258,16 +262,13 @@ fn selections(policies: &PolicySet) -> impl Iterator<Item = Selection> {
     policies.service_entries.iter().filter_map(selection)
 }
 
-/// The names that can be resolved, and the patterns that cannot; a warning for each of these.
-fn names(policies: &PolicySet, told: &mut Told<'_>) -> (BTreeSet<String>, Vec<(String, String)>) {
+/// The names that can be resolved, and the patterns that cannot, for which the kernel has to learn.
+fn names(policies: &PolicySet) -> (BTreeSet<String>, Vec<(String, String)>) {
     let (mut names, mut wildcards) = (BTreeSet::new(), Vec::new());
     for (object, pattern) in dialled_names(policies) {
         match pattern {
             HostPattern::Exact(name) => drop(names.insert(name)),
             HostPattern::Below(_) | HostPattern::Ending(_) => {
-                if told.is_new(&object.to_string(), pattern.to_string()) {
-                    tracing::warn!(document = %object, host = %pattern, "a wildcard cannot be resolved: it opens nothing");
-                }
                 wildcards.push((pattern.to_string(), object.to_string()));
             }
         }

@@ -1,12 +1,13 @@
 //! What is in force: read from the pins, and completed by the agent where one runs.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
-use egress_common::{ABI_VERSION, Counter, Hook, Verdict};
+use egress_common::{ABI_VERSION, Counter, Hook, SHARED, Verdict, map};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -135,10 +136,35 @@ pub struct Counters {
 /// Names of the policies.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Names {
-    /// Wildcards, which cannot be resolved and open nothing.
+    /// Wildcards, which nobody can resolve: the kernel learns what they cover when a workload asks for it.
     pub wildcards: Vec<Wildcard>,
     /// Names that are resolved.
     pub resolved: Vec<NameReport>,
+    /// What the kernel learnt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learnt: Option<Learnt>,
+}
+
+/// What the kernel learnt of names.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Learnt {
+    /// Addresses that may still be dialled for a name, of all workloads together, and some that may not any longer.
+    pub addresses: u64,
+    /// How many each workload may have.
+    pub quota: u32,
+    /// How many each has.
+    pub workloads: Vec<Learner>,
+    /// What became of the answers of DNS: see [`egress_common::Lesson`].
+    pub answers: BTreeMap<String, u64>,
+}
+
+/// A workload that learnt names.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Learner {
+    /// Its cgroup; `shared` for those that resolve names for the whole host.
+    pub cgroup: String,
+    /// How many addresses it has.
+    pub addresses: u32,
 }
 
 /// A pattern that cannot be resolved.
@@ -229,7 +255,8 @@ impl Status {
             .filter_map(|(hook, id)| Some((hook, path_of(id).unwrap_or_else(|| Some(id.to_string()))?)))
             .collect();
         let meta = pinned::meta(set).ok();
-        let is_wanted = |hook: &&Hook| meta.is_none_or(|meta| meta.has_hook(**hook));
+        // To what is received is listened only where names matter.
+        let is_wanted = |hook: &&Hook| **hook != Hook::Ingress && meta.is_none_or(|meta| meta.has_hook(**hook));
         let missing: Vec<&str> = Hook::ALL
             .iter()
             .filter(is_wanted)
@@ -265,9 +292,23 @@ impl Status {
             last_error: None,
         });
         self.maps = pinned::map_uses(set)?;
+        let mut answers = BTreeMap::new();
         for (counter, count) in pinned::counters(set)? {
-            self.counters.add(counter, count);
+            match counter {
+                Counter::Answered(lesson) => drop(answers.insert(lesson.as_str().to_owned(), count)),
+                _ => self.counters.add(counter, count),
+            }
         }
+        let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
+        let mut path =
+            |id| paths.as_mut().and_then(|paths| paths.path(id, None)).map(|path| path.display().to_string());
+        let workloads = pinned::learners(set)?.into_iter();
+        let workloads = workloads.map(|(id, addresses)| {
+            let cgroup = if id == SHARED { "shared".to_owned() } else { path(id).unwrap_or(id.to_string()) };
+            Learner { cgroup, addresses }
+        });
+        let addresses = self.maps.iter().find(|map| map.name == map::NAMES).map_or(0, |map| map.entries);
+        self.names.learnt = Some(Learnt { addresses, quota: meta.quota(), workloads: workloads.collect(), answers });
         Ok(())
     }
 
@@ -296,7 +337,8 @@ impl Status {
             self.enforcing = attached;
             self.degraded.push("the pins are gone: what is in force ends with the agent".to_owned());
         }
-        (self.scopes, self.names, self.kubernetes) = (scopes, names, kubernetes);
+        let learnt = self.names.learnt.take();
+        (self.scopes, self.names, self.kubernetes) = (scopes, Names { learnt, ..names }, kubernetes);
     }
 
     /// Whether the agent is as a probe asks.
@@ -328,6 +370,7 @@ impl Counters {
             Counter::Answers(Verdict::Deny, ..) => &mut self.deny,
             Counter::Answers(Verdict::WouldDeny, ..) => &mut self.would_deny,
             Counter::EventsLost => &mut self.events_lost,
+            Counter::Answered(_) => return,
         };
         *sum += count;
     }
@@ -391,7 +434,22 @@ impl fmt::Display for Status {
             }
         }
         for Wildcard { host, document } in &self.names.wildcards {
-            writeln!(f, "wildcard:  {host} of {document} cannot be resolved and opens nothing")?;
+            writeln!(f, "wildcard:  {host} of {document}, learnt when a workload asks")?;
+        }
+        if let Some(learnt) = &self.names.learnt
+            && (!self.names.wildcards.is_empty() || learnt.addresses > 0)
+        {
+            let answers = learnt.answers.iter().filter(|(_, count)| **count > 0);
+            let answers: Vec<String> = answers.map(|(what, count)| format!("{count} {what}")).collect();
+            let Learnt { addresses, quota, workloads, .. } = learnt;
+            writeln!(
+                f,
+                "names:     {addresses} addresses learnt, at most {quota} a workload; answers: {}",
+                answers.join(", ")
+            )?;
+            for Learner { cgroup, addresses } in workloads {
+                writeln!(f, "           {cgroup}: {addresses} addresses")?;
+            }
         }
         Ok(())
     }

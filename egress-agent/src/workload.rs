@@ -76,6 +76,11 @@ pub fn selects(policy: &EgressPolicy, workload: &Workload) -> bool {
         }
 }
 
+/// Whether any of these selects a workload.
+pub fn selects_any(selectors: &[Selector], workload: &Workload) -> bool {
+    selectors.iter().any(|selector| matches(selector, workload))
+}
+
 fn matches(selector: &Selector, workload: &Workload) -> bool {
     match selector {
         Selector::Cgroup(pattern) => workload.cgroup.as_deref().is_some_and(|path| cgroup_matches(pattern, path)),
@@ -100,9 +105,11 @@ fn is_slice(name: &str) -> bool {
 /// Whether some cgroup below `path` is selected by a policy that does not select `path` itself.
 pub fn selects_only_below(policy: &EgressPolicy, path: &str) -> bool {
     let Some(selectors) = &policy.workloads else { return false };
-    if policy.reach == Reach::Namespace {
-        return false;
-    }
+    policy.reach != Reach::Namespace && select_only_below(selectors, path)
+}
+
+/// Whether these select cgroups below a path, and not that itself.
+pub fn select_only_below(selectors: &[Selector], path: &str) -> bool {
     let workload = Workload {
         cgroup: Some(path.to_owned()),
         unit: cgroup::unit(path.as_ref()).map(str::to_owned),

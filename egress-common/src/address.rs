@@ -12,7 +12,7 @@ const NAT64: u32 = 0x0064_ff9b;
 /// An IPv6 address, or an IPv4 address as `::ffff:a.b.c.d`: four words in network byte order.
 ///
 /// One form for both families means one map, one code path, and no IPv4-mapped detour around an IPv4 rule.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Address([u32; 4]);
 
@@ -52,10 +52,17 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn judged(self) -> Self {
-        let [a, b, c, d] = self.0;
-        let first_byte = u32::from_be(d) >> 24;
+        let first_byte = u32::from_be(self.0[3]) >> 24;
         let is_of_this_host = first_byte == 127 || first_byte == 0;
-        if a == NAT64.to_be() && b == 0 && c == 0 && !is_of_this_host { Self::from_network_v4(d) } else { self }
+        if is_of_this_host { self } else { self.inside() }
+    }
+
+    /// The IPv4 address inside a NAT64 address, else the address itself.
+    #[inline(always)]
+    #[must_use]
+    pub(crate) const fn inside(self) -> Self {
+        let [a, b, c, d] = self.0;
+        if a == NAT64.to_be() && b == 0 && c == 0 { Self::from_network_v4(d) } else { self }
     }
 
     /// `0.0.0.0`, `::` or `::ffff:0.0.0.0`.
@@ -63,6 +70,13 @@ impl Address {
     pub const fn is_unspecified(self) -> bool {
         let [a, b, c, d] = self.0;
         a == 0 && b == 0 && d == 0 && (c == 0 || c == MAPPED.to_be())
+    }
+
+    /// `127.0.0.0/8` or `::1`.
+    #[inline(always)]
+    pub const fn is_loopback(self) -> bool {
+        let [a, b, c, d] = self.0;
+        self.is_loopback_v6() || (a == 0 && b == 0 && c == MAPPED.to_be() && u32::from_be(d) >> 24 == 127)
     }
 
     /// `::1`.

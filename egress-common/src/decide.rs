@@ -1,8 +1,8 @@
 //! The decision: one pure function for the kernel, for `explain`, and for tests.
 
 use crate::{
-    Action, Address, Decision, Entries, Entry, Flow, Place, Protocol, Reason, Refusal, RuleId, Segment, SegmentList,
-    Settings, SocketKind, UnknownCode, Verdict, View,
+    Action, Address, Claims, Decision, Entries, Entry, Flow, MOST_CLAIMS, NameId, Place, Protocol, Reason, Refusal,
+    RuleId, Scope, Segment, SegmentList, Settings, SocketKind, UnknownCode, Verdict, View,
 };
 
 /// Where the rules are kept: kernel maps, or the agent's own copy of them.
@@ -18,6 +18,35 @@ pub trait Rules {
 
     /// Whether the socket has heard from the destination of `flow` lately.
     fn is_reply(&self, flow: &Flow) -> bool;
+
+    /// The rule that allows a flow for a name that its destination was an answer for, to its workload or to one that resolves for
+    /// the whole host ([`crate::SHARED`]): see [`rule_by_name`].
+    fn rule_by_name(&self, view: View, flow: &Flow) -> Option<RuleId>;
+}
+
+/// Where names are kept, and what they may do.
+pub trait NamedRules: Rules {
+    /// The names that the destination of a flow was an answer for, to a workload, and the time, in seconds since boot.
+    fn claims(&self, flow: &Flow, workload: u64) -> (Claims, u32);
+
+    /// What a view says of a name; `None` if the view is not there.
+    fn named(&self, view: View, name: NameId) -> Option<Entry>;
+}
+
+/// The rule of the first name that allows a flow, of those that a workload learnt. A name only ever opens: an address is shared by
+/// many, so that to refuse by name would refuse others.
+#[inline(always)]
+pub fn rule_by_name<R: NamedRules>(rules: &R, view: View, flow: &Flow, workload: u64) -> Option<RuleId> {
+    let (claims, now) = rules.claims(flow, workload);
+    for index in 0..MOST_CLAIMS {
+        if let Some(name) = claims.live(index, now)
+            && let Some(entry) = rules.named(view, name)
+            && let Ok(Decision { verdict: Verdict::Allow, rule: Some(rule), .. }) = read(rules, &entry, flow)
+        {
+            return Some(rule);
+        }
+    }
+    None
 }
 
 /// Judges a flow.
@@ -43,6 +72,18 @@ pub fn decide_bypass<R: Rules>(rules: &R, place: Place) -> Decision {
     answer(rules, place, Question::Bypass)
 }
 
+/// Judges whether a task may take the port of servers of DNS.
+#[inline(always)]
+pub fn decide_dns_service<R: Rules>(rules: &R, place: Place) -> Decision {
+    answer(rules, place, Question::DnsService)
+}
+
+/// Whether a task resolves names for the whole host.
+#[inline(always)]
+pub fn serves_dns<R: Rules>(rules: &R, scope: Scope) -> bool {
+    rules.settings(scope.enforcing()).is_some_and(|settings| settings.serves_dns())
+}
+
 /// Whether it can make a difference to a task whom its sockets heard from.
 #[inline(always)]
 pub fn remembers_peers<R: Rules>(rules: &R, place: Place) -> bool {
@@ -64,6 +105,7 @@ enum Question<'a> {
     Destination(&'a Flow),
     Socket(SocketKind),
     Bypass,
+    DnsService,
 }
 
 /// Asks the views of a place, one after the other.
@@ -94,6 +136,10 @@ fn ask<R: Rules>(rules: &R, view: View, question: Question<'_>) -> Option<Decisi
             Some(if opens(&settings, kind) { ALLOWED } else { by_default(&settings, Reason::SocketKind) })
         }
         Question::Bypass => Some(by_default(&rules.settings(view)?, Reason::Bypass)),
+        Question::DnsService => {
+            let settings = rules.settings(view)?;
+            Some(if settings.serves_dns() { ALLOWED } else { by_default(&settings, Reason::Bypass) })
+        }
     }
 }
 
@@ -114,20 +160,28 @@ fn by_default(settings: &Settings, reason: Reason) -> Decision {
 /// What the rules of a view say; `None` if the view is not there.
 #[inline(always)]
 fn judge<R: Rules>(rules: &R, view: View, flow: &Flow) -> Option<Decision> {
+    if flow.address.is_discard_only() {
+        return Some(Decision::new(Verdict::Deny, Reason::NoRule));
+    }
     let entry = rules.entry(view, flow.address.judged())?;
     let decision = read(rules, &entry, flow).unwrap_or(Decision::FAULT);
     match decision.verdict {
         Verdict::Allow | Verdict::WouldDeny => Some(decision),
         Verdict::Deny => Some(match rules.settings(view) {
-            Some(settings) => reconsider(rules, &settings, flow, decision),
+            Some(settings) => reconsider(rules, view, &settings, flow, decision),
             None => decision,
         }),
     }
 }
 
-/// What is refused for lack of a rule may be a reply, or a socket that needs none.
+/// What is refused for lack of a rule may be an answer for a name, or a reply, or a socket that needs none.
 #[inline(always)]
-fn reconsider<R: Rules>(rules: &R, settings: &Settings, flow: &Flow, refused: Decision) -> Decision {
+fn reconsider<R: Rules>(rules: &R, view: View, settings: &Settings, flow: &Flow, refused: Decision) -> Decision {
+    if refused.reason == Reason::NoRule
+        && let Some(rule) = rules.rule_by_name(view, flow)
+    {
+        return Decision { rule: Some(rule), ..Decision::new(Verdict::Allow, Reason::Name) };
+    }
     match (refused.reason, flow.protocol) {
         (Reason::NoRule, Protocol::UDP) if settings.replies() == Ok(Action::Allow) && rules.is_reply(flow) => {
             Decision::new(Verdict::Allow, Reason::Reply)
@@ -218,7 +272,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Scope, SocketKinds};
+    use crate::{Claim, SHARED, SocketKinds};
 
     const RULE: RuleId = RuleId(NonZeroU32::new(1).unwrap());
     const SCOPE: Scope = Scope::new(7);
@@ -230,6 +284,29 @@ mod tests {
         with_audit: Option<(Entry, Settings)>,
         segments: Vec<Segment>,
         is_reply: bool,
+        claims: Claims,
+        workload: u64,
+        named: Option<(NameId, Entry)>,
+    }
+
+    /// The workload that asks.
+    const OWN: u64 = 1;
+    /// Seconds since boot.
+    const NOW: u32 = 100;
+
+    impl NamedRules for Fixed {
+        fn claims(&self, _: &Flow, workload: u64) -> (Claims, u32) {
+            (if workload == self.workload { self.claims } else { Claims::default() }, NOW)
+        }
+
+        fn named(&self, view: View, name: NameId) -> Option<Entry> {
+            let (entry, _) = self.view(view)?;
+            Some(
+                self.named
+                    .filter(|named| named.0 == name)
+                    .map_or(Entry::new(Entries::None, entry.default_action().unwrap()), |named| named.1),
+            )
+        }
     }
 
     impl Fixed {
@@ -258,6 +335,10 @@ mod tests {
 
         fn is_reply(&self, _: &Flow) -> bool {
             self.is_reply
+        }
+
+        fn rule_by_name(&self, view: View, flow: &Flow) -> Option<RuleId> {
+            [OWN, SHARED].into_iter().find_map(|workload| rule_by_name(self, view, flow, workload))
         }
     }
 
@@ -352,6 +433,45 @@ mod tests {
         // A deny that matches wins.
         let denied = Entry::new(Entries::EveryPort(DENY, RULE), DENY);
         assert_eq!(answered((denied, settings), Protocol::UDP).reason, Reason::Rule);
+    }
+
+    #[test]
+    fn a_name_opens_what_no_rule_names_and_nothing_that_a_rule_denies() {
+        let (name, other) = (NameId::new(5).unwrap(), NameId::new(6).unwrap());
+        let entry = Entry::new(Entries::Range(Segment::new(Protocol::TCP, 443, 443, ALLOW, RULE)), DENY);
+        let named = Some((name, entry));
+        let claims =
+            |name, until| Claims::default().with(Claim::new(other, NOW + 50), NOW).with(Claim::new(name, until), NOW);
+        let with = |claims, enforcing| Fixed { claims, workload: OWN, named, ..Fixed::enforcing(enforcing) };
+        let answered = |rules: &Fixed, protocol, port| decide(rules, &flow(protocol, port));
+        let rules = with(claims(name, NOW + 1), view(DENY));
+        let decision = answered(&rules, Protocol::TCP, 443);
+        assert_eq!((decision.verdict, decision.reason, decision.rule), (Verdict::Allow, Reason::Name, Some(RULE)));
+        for (protocol, port) in [(Protocol::TCP, 444), (Protocol::UDP, 443), (Protocol::from_kernel(132), 443)] {
+            assert_eq!(answered(&rules, protocol, port).verdict, Verdict::Deny, "{protocol:?} {port}");
+        }
+        let shared = Fixed { workload: SHARED, ..with(claims(name, NOW + 1), view(DENY)) };
+        assert_eq!(answered(&shared, Protocol::TCP, 443).reason, Reason::Name);
+        // Too long ago, and for another name.
+        for claims in [claims(name, NOW), claims(other, NOW + 1), Claims::default()] {
+            assert_eq!(answered(&with(claims, view(DENY)), Protocol::TCP, 443).reason, Reason::NoRule);
+        }
+        let denied = Entry::new(Entries::EveryPort(DENY, RULE), DENY);
+        let denying = with(claims(name, NOW + 1), (denied, Settings::new(DENY)));
+        assert_eq!(answered(&denying, Protocol::TCP, 443).reason, Reason::Rule);
+        assert_eq!(answered(&denying, Protocol::TCP, 443).verdict, Verdict::Deny);
+        // What Audit policies would refuse is asked about names, too.
+        let audited = Fixed { with_audit: Some(view(DENY)), ..with(claims(name, NOW + 1), view(ALLOW)) };
+        assert_eq!(answered(&audited, Protocol::TCP, 443).verdict, Verdict::Allow);
+        assert_eq!(answered(&audited, Protocol::TCP, 444).verdict, Verdict::WouldDeny);
+    }
+
+    #[test]
+    fn where_the_rules_of_names_stand_nobody_goes() {
+        let to = |text: &str| Flow { address: text.parse::<IpAddr>().unwrap().into(), ..flow(Protocol::TCP, 443) };
+        let open = Fixed::enforcing(view(ALLOW));
+        assert_eq!(decide(&open, &to("100::5")).verdict, Verdict::Deny);
+        assert_eq!(decide(&open, &to("100:0:0:1::5")).verdict, Verdict::Allow);
     }
 
     #[test]

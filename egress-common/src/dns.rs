@@ -9,6 +9,8 @@ use crate::{Address, Bytes};
 
 /// Bytes of the key of a trie of names: as many as the kernel allows (`LPM_DATA_SIZE_MAX` of `kernel/bpf/lpm_trie.c`).
 pub const KEY_BYTES: usize = 256;
+/// Keeps an index within a key.
+const LAST_BYTE: u32 = 255;
 /// Labels of a name have a length of one byte and at least one byte: at most so many fit (RFC 1035, 2.3.4).
 const MOST_LABELS: u32 = 128;
 /// A name has at most so many bytes in a message, its last one included.
@@ -31,20 +33,40 @@ impl NameKey {
     /// A key of no name.
     pub const EMPTY: Self = Self { length: 0, bytes: [0; KEY_BYTES] };
 
-    /// The key of a name, or of every name below it; `None` if it is none that DNS can ask for by letters, digits, `-` and `_`.
-    pub fn of(name: &str, below: bool) -> Option<Self> {
+    /// The key of a name, or of the names that end with it; `None` if it is none that DNS can ask for by letters, digits, `-` and
+    /// `_`.
+    pub fn of(name: &str, end: NameEnd) -> Option<Self> {
         let name = name.as_bytes();
         let is_label = |label: &[u8]| (1..=63).contains(&label.len()) && label.iter().all(|&byte| is_of_name(byte));
         if name.len() + 2 > LONGEST_NAME as usize || !name.split(|&byte| byte == b'.').all(is_label) {
             return None;
         }
         let mut key = Self::EMPTY;
-        let backwards = name.iter().rev().map(u8::to_ascii_lowercase).chain([if below { b'.' } else { 0 }]);
+        let last = match end {
+            NameEnd::Exact => Some(0),
+            NameEnd::Below => Some(b'.'),
+            NameEnd::Ending => None,
+        };
+        let backwards = name.iter().rev().map(u8::to_ascii_lowercase).chain(last);
         for (to, from) in key.bytes.iter_mut().zip(backwards) {
             *to = from;
             key.length += 8;
         }
         Some(key)
+    }
+
+    /// From its bytes; `None` if they are too many.
+    pub fn from_bytes_of_name(name: &[u8]) -> Option<Self> {
+        let mut key = Self::EMPTY;
+        key.bytes.get_mut(..name.len())?.copy_from_slice(name);
+        key.length = u32::try_from(name.len()).ok()? * 8;
+        Some(key)
+    }
+
+    /// The bytes of the name, last first, without what ends it.
+    pub fn backwards(&self) -> &[u8] {
+        let name = self.as_bytes_of_name();
+        name.strip_suffix(&[0]).unwrap_or(name)
     }
 
     /// The bytes that count.
@@ -53,7 +75,18 @@ impl NameKey {
     }
 }
 
-const _: () = assert!(size_of::<NameKey>() == 4 + KEY_BYTES);
+const _: () = assert!(size_of::<NameKey>() == 4 + KEY_BYTES && LAST_BYTE as usize == KEY_BYTES - 1);
+
+/// Which names a key stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NameEnd {
+    /// This one.
+    Exact,
+    /// Those below it: `*.example.com`.
+    Below,
+    /// Those that end with it, be it within a label: `*example.com`.
+    Ending,
+}
 
 /// What stands before the records of a response to one question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,17 +103,17 @@ impl Response {
     ///
     /// A truncated response counts: what it has is as true as if it were whole.
     #[inline(always)]
-    pub fn read<M: Bytes>(message: &M) -> Option<Self> {
+    pub fn read<M: Message>(message: &M) -> Option<Self> {
         let [_, _, flags, codes, questions_high, questions, answers @ ..] = message.load::<8>(0)?;
         // `QR`, and `OPCODE` a standard query; `RCODE` no error.
         let is_answer = (flags & 0xf8, codes & 0x0f) == (0x80, 0);
         if !is_answer || questions_high != 0 || questions != 1 {
             return None;
         }
-        let (end, is_compressed) = end_of_name(message, HEADER)?;
-        let name = end - HEADER;
+        let end = message.end_of_name(HEADER);
+        let name = end.offset()? - HEADER;
         // There is nothing before the question that it could point to, and the root has no address.
-        let is_name = !is_compressed && name > 1;
+        let is_name = !end.is_compressed() && name > 1;
         is_name.then_some(Self { answers: u16::from_be_bytes(answers), name })
     }
 
@@ -94,30 +127,53 @@ impl Response {
     /// and a dot within a label must not pass for one between labels.
     #[inline(always)]
     pub fn write_key<M: Bytes>(&self, message: &M, key: &mut NameKey) -> bool {
-        // Without its first length and its last byte: `\3www\7example\3com\0` is as long as `www.example.com` and two.
-        let length = self.name.saturating_sub(2);
+        self.write_key_by(|index, label_ends| key.write_byte(message, self.name, index, label_ends)) && {
+            key.end(self.name);
+            true
+        }
+    }
+
+    /// The same, byte by byte, by [`NameKey::write_byte`]; [`NameKey::end`] is still to be called.
+    #[inline(always)]
+    pub fn write_key_by(&self, mut write_byte: impl FnMut(u32, u32) -> Option<u32>) -> bool {
         let mut label_ends = 0;
         for index in 0..LONGEST_NAME - 1 {
-            if index > length {
-                break;
+            if index + 1 >= self.name {
+                return true;
             }
-            let Some([byte]) = message.load::<1>(HEADER + index) else { return false };
-            let is_length = index == label_ends;
-            if is_length {
-                label_ends = index + 1 + u32::from(byte);
+            match write_byte(index, label_ends) {
+                Some(ends) => label_ends = ends,
+                None => return false,
             }
-            if index == 0 {
-                continue;
-            }
-            if !is_length && !is_of_name(byte) {
-                return false;
-            }
-            let at = (length - index) as usize & (KEY_BYTES - 1);
-            key.bytes[at] = if is_length { b'.' } else { byte.to_ascii_lowercase() };
         }
-        key.bytes[length as usize & (KEY_BYTES - 1)] = 0;
-        key.length = (length + 1) * 8;
         true
+    }
+}
+
+impl NameKey {
+    /// Writes the byte at an index of a name of `name` bytes to where it belongs. Tells where the label that it is in ends, given
+    /// where the one before did; `None` if no host name has it.
+    #[inline(always)]
+    pub fn write_byte<M: Bytes>(&mut self, message: &M, name: u32, index: u32, label_ends: u32) -> Option<u32> {
+        let [byte] = message.load::<1>(HEADER + index)?;
+        let is_length = index == label_ends;
+        if !is_length && !is_of_name(byte) {
+            return None;
+        }
+        // Without its first length and its last byte, `\3www\7example\3com\0` is as long as `www.example.com`.
+        if index > 0 {
+            let at = (name.wrapping_sub(2).wrapping_sub(index) & LAST_BYTE) as usize;
+            self.bytes[at] = if is_length { b'.' } else { byte.to_ascii_lowercase() };
+        }
+        Some(if is_length { index + 1 + u32::from(byte) } else { label_ends })
+    }
+
+    /// Ends the key of a name of `name` bytes.
+    #[inline(always)]
+    pub fn end(&mut self, name: u32) {
+        let length = name.wrapping_sub(2) & LAST_BYTE;
+        self.bytes[length as usize] = 0;
+        self.length = (length + 1) * 8;
     }
 }
 
@@ -127,25 +183,68 @@ const fn is_of_name(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_'
 }
 
-/// Where a name ends that begins at an offset, and whether it goes on elsewhere.
+/// A message of DNS.
+pub trait Message: Bytes {
+    /// [`end_of_name`] of this message.
+    fn end_of_name(&self, offset: u32) -> EndOfName;
+}
+
+/// Where a name ends, and whether it goes on elsewhere. In one number, as the kernel's functions return it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndOfName(u32);
+
+impl EndOfName {
+    /// There is no name.
+    pub const NONE: Self = Self(0);
+
+    #[inline(always)]
+    const fn new(offset: u32, is_compressed: bool) -> Self {
+        Self(offset << 1 | is_compressed as u32)
+    }
+
+    /// From [`EndOfName::number`].
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+
+    /// As a number; 0 if there is no name.
+    #[inline(always)]
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
+    /// What comes after it; `None` if there is no name.
+    #[inline(always)]
+    const fn offset(self) -> Option<u32> {
+        if self.0 == 0 { None } else { Some(self.0 >> 1) }
+    }
+
+    #[inline(always)]
+    const fn is_compressed(self) -> bool {
+        self.0 & 1 != 0
+    }
+}
+
+/// Where a name ends that begins at an offset.
 #[inline(always)]
-fn end_of_name<M: Bytes>(message: &M, mut offset: u32) -> Option<(u32, bool)> {
+pub fn end_of_name<M: Bytes>(message: &M, mut offset: u32) -> EndOfName {
     let longest = offset + LONGEST_NAME;
     for _ in 0..MOST_LABELS {
-        let [length] = message.load::<1>(offset)?;
+        let Some([length]) = message.load::<1>(offset) else { return EndOfName::NONE };
         match length {
-            0 => return Some((offset + 1, false)),
+            0 => return EndOfName::new(offset + 1, false),
             // A pointer (RFC 1035, 4.1.4) is two bytes, and the end.
-            0xc0.. => return Some((offset + 2, true)),
+            0xc0.. => return EndOfName::new(offset + 2, true),
             1..=63 => offset += 1 + u32::from(length),
             // Reserved (RFC 6891, 5).
-            _ => return None,
+            _ => return EndOfName::NONE,
         }
         if offset >= longest {
-            return None;
+            return EndOfName::NONE;
         }
     }
-    None
+    EndOfName::NONE
 }
 
 /// A record of an answer.
@@ -167,8 +266,8 @@ const CLASS_IN: u16 = 1;
 impl Record {
     /// Reads the record at an offset; `None` if it is malformed or not all there.
     #[inline(always)]
-    pub fn read<M: Bytes>(message: &M, offset: u32) -> Option<Self> {
-        let (fields, _) = end_of_name(message, offset)?;
+    pub fn read<M: Message>(message: &M, offset: u32) -> Option<Self> {
+        let fields = message.end_of_name(offset).offset()?;
         let [kind_high, kind, class_high, class, ttl @ .., length_high, length] = message.load::<10>(fields)?;
         let [kind, class] = [[kind_high, kind], [class_high, class]].map(u16::from_be_bytes);
         let length = u16::from_be_bytes([length_high, length]);
@@ -201,11 +300,17 @@ mod tests {
 
     use super::*;
 
-    struct Message(Vec<u8>);
+    struct Datagram(Vec<u8>);
 
-    impl Bytes for Message {
+    impl Bytes for Datagram {
         fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
             self.0.get(offset as usize..)?.first_chunk().copied()
+        }
+    }
+
+    impl Message for Datagram {
+        fn end_of_name(&self, offset: u32) -> EndOfName {
+            end_of_name(self, offset)
         }
     }
 
@@ -224,10 +329,10 @@ mod tests {
     }
 
     /// A response with a question, and records as they are written.
-    fn response(question: &[u8], records: &[Vec<u8>]) -> Message {
+    fn response(question: &[u8], records: &[Vec<u8>]) -> Datagram {
         let count = u8::try_from(records.len()).unwrap();
         let header = [0x12, 0x34, 0x81, 0x80, 0, 1, 0, count, 0, 0, 0, 0];
-        Message([&header[..], question, &[0, 1, 0, 1], &records.concat()].concat())
+        Datagram([&header[..], question, &[0, 1, 0, 1], &records.concat()].concat())
     }
 
     /// A record of a name that is a pointer to the question.
@@ -238,7 +343,7 @@ mod tests {
     }
 
     /// All addresses of a response, with how long they hold, up to what is malformed.
-    fn addresses(message: &Message) -> Vec<(IpAddr, u32)> {
+    fn addresses(message: &Datagram) -> Vec<(IpAddr, u32)> {
         let Some(response) = Response::read(message) else { return vec![] };
         let (mut found, mut offset) = (vec![], response.records_at());
         for _ in 0..response.answers {
@@ -249,7 +354,7 @@ mod tests {
         found
     }
 
-    fn key(message: &Message) -> Option<NameKey> {
+    fn key(message: &Datagram) -> Option<NameKey> {
         let (response, mut key) = (Response::read(message)?, NameKey::EMPTY);
         response.write_key(message, &mut key).then_some(key)
     }
@@ -258,15 +363,15 @@ mod tests {
     fn the_key_of_a_name_is_that_of_the_question_for_it() {
         for text in ["www.example.com", "a", "xn--bcher-kva.example", "_sip._udp.example.org"] {
             let asked = key(&response(&name(text), &[])).unwrap();
-            assert!(asked == NameKey::of(text, false).unwrap(), "{text}: {:?}", asked.as_bytes_of_name());
+            assert!(asked == NameKey::of(text, NameEnd::Exact).unwrap(), "{text}: {:?}", asked.as_bytes_of_name());
         }
         let asked = key(&response(&name("WwW.eXample.COM"), &[])).unwrap();
         assert_eq!(asked.as_bytes_of_name(), b"moc.elpmaxe.www\0");
-        assert_eq!(NameKey::of("example.com", true).unwrap().as_bytes_of_name(), b"moc.elpmaxe.");
+        assert_eq!(NameKey::of("example.com", NameEnd::Below).unwrap().as_bytes_of_name(), b"moc.elpmaxe.");
         let longest =
             [&"a".repeat(63), &"b".repeat(63), &"c".repeat(63), &"d".repeat(61)].map(String::as_str).join(".");
         assert_eq!(longest.len(), 253);
-        assert!(key(&response(&name(&longest), &[])).unwrap() == NameKey::of(&longest, false).unwrap());
+        assert!(key(&response(&name(&longest), &[])).unwrap() == NameKey::of(&longest, NameEnd::Exact).unwrap());
     }
 
     #[test]
@@ -282,7 +387,7 @@ mod tests {
         }
         let too_long = ["a", "b", "c", "d"].map(|label| label.repeat(63)).join(".");
         for text in ["", ".", "a..b", "a.", "a b", "*.example.com", "é", &"a".repeat(64), &too_long] {
-            assert!(NameKey::of(text, false).is_none(), "{text}");
+            assert!(NameKey::of(text, NameEnd::Exact).is_none(), "{text}");
         }
         // The root.
         assert!(Response::read(&response(&[0], &[])).is_none());
@@ -314,12 +419,12 @@ mod tests {
         for (at, value) in [(2, 0x01), (2, 0x91), (3, 0x83), (5, 0), (5, 2), (4, 1)] {
             let mut bytes = good.0.clone();
             bytes[at] = value;
-            assert_eq!(addresses(&Message(bytes)), [], "{at} {value}");
+            assert_eq!(addresses(&Datagram(bytes)), [], "{at} {value}");
         }
         // Truncated is not wrong.
         let mut bytes = good.0;
         bytes[2] |= 0x02;
-        assert_eq!(addresses(&Message(bytes)).len(), 1);
+        assert_eq!(addresses(&Datagram(bytes)).len(), 1);
     }
 
     #[test]
@@ -336,7 +441,7 @@ mod tests {
         // The end of a message that was cut, wherever that was.
         let whole = response(&name("a.example"), &[first.clone(), first]).0;
         for cut in whole.len() - 16..whole.len() {
-            assert_eq!(addresses(&Message(whole[..cut].to_vec())).len(), 1, "{cut}");
+            assert_eq!(addresses(&Datagram(whole[..cut].to_vec())).len(), 1, "{cut}");
         }
         // A question that is a pointer, and one that never ends.
         assert!(Response::read(&response(&[0xc0, 12], &[])).is_none());
@@ -348,7 +453,7 @@ mod tests {
         /// Hostile bytes are read within bounds, and nothing is found outside of them.
         #[test]
         fn any_bytes_can_be_read(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
-            let message = Message(bytes);
+            let message = Datagram(bytes);
             if let Some(found) = Response::read(&message) {
                 prop_assert!(found.records_at() as usize <= message.0.len() + 4);
                 let mut key = NameKey::EMPTY;
@@ -372,14 +477,14 @@ mod tests {
             prop_assert_eq!(asked.is_none(), has_dot);
             if let Some(asked) = asked {
                 let text = String::from_utf8(labels.join(&b"."[..])).unwrap();
-                prop_assert!(Some(asked) == NameKey::of(&text, false));
+                prop_assert!(Some(asked) == NameKey::of(&text, NameEnd::Exact));
             }
         }
 
         /// A name lies below another exactly where the key of the pattern is the beginning of its own.
         #[test]
         fn a_pattern_is_a_prefix(name in "[a-c]{1,2}(\\.[a-c]{1,2}){0,3}", above in "[a-c]{1,2}(\\.[a-c]{1,2}){0,2}") {
-            let (key, pattern) = (NameKey::of(&name, false).unwrap(), NameKey::of(&above, true).unwrap());
+            let (key, pattern) = (NameKey::of(&name, NameEnd::Exact).unwrap(), NameKey::of(&above, NameEnd::Below).unwrap());
             let is_below = name.strip_suffix(&above).is_some_and(|rest| rest.ends_with('.'));
             prop_assert_eq!(key.as_bytes_of_name().starts_with(pattern.as_bytes_of_name()), is_below);
         }

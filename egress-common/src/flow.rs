@@ -25,6 +25,12 @@ coded_enum! {
         Egress = 8 => "egress",
         /// `lsm_cgroup/socket_create`: sockets of other families than those of IP.
         SocketCreate = 9 => "socket_create",
+        /// `cgroup/bind4`.
+        Bind4 = 10 => "bind4",
+        /// `cgroup/bind6`.
+        Bind6 = 11 => "bind6",
+        /// `cgroup_skb/ingress`: learns from answers of DNS, and judges nothing.
+        Ingress = 12 => "ingress",
     }
 }
 
@@ -103,6 +109,12 @@ impl Scope {
 pub struct View(u32);
 
 impl View {
+    /// From its index.
+    #[inline(always)]
+    pub const fn new(index: u32) -> Self {
+        Self(index)
+    }
+
     /// Index into the `POLICY` map.
     #[inline(always)]
     pub const fn index(self) -> u32 {

@@ -2,16 +2,27 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{Hook, Reason, Verdict};
+use crate::{Hook, Lesson, Lifetime, Reason, Verdict};
 
 /// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Most scopes at a time, those of a change that is being made included.
 pub const MAX_SCOPES: u32 = 4096;
 
 /// Most pairs of a scope and a user with rules of its own.
 pub const MAX_USERS: u32 = 1 << 14;
+
+/// Most addresses that were learnt for names, of all workloads together.
+pub const MAX_FACTS: u32 = 1 << 18;
+/// Most addresses whose names are remembered for whoever reads denials.
+pub const MAX_HOSTS: u32 = 1 << 12;
+/// Most workloads that learn names.
+pub const MAX_LEARNERS: u32 = 1 << 13;
+/// Most pairs of a scope and a resolver that it believes.
+pub const MAX_RESOLVERS: u32 = 1 << 13;
+/// Most network namespaces in which resolvers are believed.
+pub const MAX_NETNS: u32 = 1 << 12;
 
 /// Names of the maps; the kernel cuts names after 15 bytes.
 pub mod map {
@@ -27,6 +38,26 @@ pub mod map {
     pub const VIEWS: &str = "VIEWS";
     /// Storage of sockets: [`crate::Peers`].
     pub const PEERS: &str = "PEERS";
+    /// Array of one trie: [`crate::NameKey`] → number of a [`crate::NameId`].
+    pub const NAME_IDS: &str = "NAME_IDS";
+    /// The trie that [`NAME_IDS`] holds, pinned by itself, so that who may not ask for maps by number can read it.
+    pub const NAME_TRIE: &str = "NAME_TRIE";
+    /// Hash: [`crate::FactKey`] → [`crate::Claims`].
+    pub const NAMES: &str = "NAMES";
+    /// Hash of those used last: [`crate::FactKey`] → [`crate::NameKey`] of the name that the workload asked for last.
+    pub const HOSTS: &str = "HOSTS";
+    /// Hash: workload → how many facts it has.
+    pub const QUOTAS: &str = "QUOTAS";
+    /// Hash: [`crate::ResolverKey`] → 1.
+    pub const RESOLVERS: &str = "RESOLVERS";
+    /// Hash: cookie of a network namespace in which resolvers are believed → 1.
+    pub const NETNS: &str = "NETNS";
+    /// Storage of sockets: [`crate::Asked`].
+    pub const ASKED: &str = "ASKED";
+    /// Storage of sockets: [`crate::Stream`].
+    pub const STREAMS: &str = "STREAMS";
+    /// Per-CPU array: where messages of DNS are read.
+    pub const SCRATCH: &str = "SCRATCH";
     /// Ring buffer of [`crate::Event`].
     pub const EVENTS: &str = "EVENTS";
     /// Per-CPU array of counters, by [`crate::Counter`].
@@ -35,13 +66,17 @@ pub mod map {
     pub const META: &str = "META";
 
     /// Every map.
-    pub const ALL: [&str; 9] = [WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, EVENTS, STATS, META];
+    pub const ALL: [&str; 18] = [
+        WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, NAME_IDS, NAMES, HOSTS, QUOTAS, RESOLVERS, NETNS, ASKED,
+        STREAMS, SCRATCH, EVENTS, STATS, META,
+    ];
 }
 
 /// Codes of verdicts, reasons and hooks are below these.
 const VERDICTS: u32 = 3;
 const REASONS: u32 = 9;
-const HOOKS: u32 = 10;
+const HOOKS: u32 = 13;
+const LESSONS: u32 = 11;
 
 /// An element of the `STATS` map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,11 +85,14 @@ pub enum Counter {
     Answers(Verdict, Reason, Hook),
     /// Events that found no room in the ring buffer.
     EventsLost,
+    /// Answers of DNS of which this became.
+    Answered(Lesson),
 }
 
 impl Counter {
     /// Elements of the `STATS` map.
-    pub const COUNT: u32 = HOOKS * REASONS * VERDICTS + 1;
+    pub const COUNT: u32 = Self::EVENTS_LOST + 1 + LESSONS;
+    const EVENTS_LOST: u32 = HOOKS * REASONS * VERDICTS;
 
     /// Index into the `STATS` map, below [`Counter::COUNT`].
     #[inline(always)]
@@ -63,7 +101,8 @@ impl Counter {
             Self::Answers(verdict, reason, hook) => {
                 (hook.code() as u32 * REASONS + reason.code() as u32) * VERDICTS + verdict.code() as u32
             }
-            Self::EventsLost => Self::COUNT - 1,
+            Self::EventsLost => Self::EVENTS_LOST,
+            Self::Answered(lesson) => Self::EVENTS_LOST + 1 + lesson.code() as u32,
         }
     }
 
@@ -74,7 +113,8 @@ impl Counter {
                 .iter()
                 .flat_map(move |&reason| Verdict::ALL.iter().map(move |&verdict| Self::Answers(verdict, reason, hook)))
         });
-        answers.chain([Self::EventsLost])
+        let lessons = Lesson::ALL.iter().map(|&lesson| Self::Answered(lesson));
+        answers.chain([Self::EventsLost]).chain(lessons)
     }
 }
 
@@ -98,6 +138,12 @@ pub struct Meta {
     /// One bit for each hook, by its code.
     hooks: u16,
     refused: u16,
+    lifetime: Lifetime,
+    /// How many addresses each workload may have learnt.
+    quota: u32,
+    /// Whether port 53 is kept for those who may serve it.
+    guards_dns: u8,
+    reserved_too: [u8; 3],
 }
 
 impl Meta {
@@ -118,6 +164,10 @@ impl Meta {
             reserved: [0; 3],
             hooks: 0,
             refused: 0,
+            lifetime: Lifetime { floor: 0, grace: 0 },
+            quota: 0,
+            guards_dns: 0,
+            reserved_too: [0; 3],
         }
     }
 
@@ -148,6 +198,36 @@ impl Meta {
     #[must_use]
     pub const fn with_deepest(self, deepest: u8) -> Self {
         Self { deepest, ..self }
+    }
+
+    /// With what holds for what is learnt of names: for how long it holds, and how many addresses a workload may have learnt.
+    #[must_use]
+    pub const fn with_names(self, lifetime: Lifetime, quota: u32) -> Self {
+        Self { lifetime, quota, ..self }
+    }
+
+    /// For how long answers of DNS hold.
+    #[inline(always)]
+    pub const fn lifetime(&self) -> Lifetime {
+        self.lifetime
+    }
+
+    /// How many addresses each workload may have learnt.
+    #[inline(always)]
+    pub const fn quota(&self) -> u32 {
+        self.quota
+    }
+
+    /// With port 53 kept for those who may serve it, or not.
+    #[must_use]
+    pub const fn with_dns_guarded(self, guards: bool) -> Self {
+        Self { guards_dns: guards as u8, ..self }
+    }
+
+    /// Whether port 53 is kept for those who may serve it: somewhere a resolver of this host is believed.
+    #[inline(always)]
+    pub const fn guards_dns(&self) -> bool {
+        self.guards_dns != 0
     }
 
     /// The deepest level at which a cgroup is placed.
@@ -188,7 +268,7 @@ impl Meta {
     }
 }
 
-const _: () = assert!(size_of::<Meta>() == 96 && align_of::<Meta>() == 8);
+const _: () = assert!(size_of::<Meta>() == 112 && align_of::<Meta>() == 8);
 
 #[cfg(test)]
 mod tests {

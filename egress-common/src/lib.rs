@@ -20,27 +20,39 @@ mod dns;
 mod event;
 mod flow;
 mod layout;
+mod names;
 mod packet;
 mod peers;
+mod reserved;
 mod rule;
 mod settings;
 mod socket;
+mod stream;
 mod verdict;
 mod workload;
 
 pub use address::{Address, PrefixKey};
-pub use decide::{Rules, decide, decide_bypass, decide_socket, find_segment, remembers_peers};
-pub use dns::{KEY_BYTES, NameKey, Record, Response};
+pub use decide::{
+    NamedRules, Rules, decide, decide_bypass, decide_dns_service, decide_socket, find_segment, remembers_peers,
+    rule_by_name, serves_dns,
+};
+pub use dns::{EndOfName, KEY_BYTES, Message, NameEnd, NameKey, Record, Response, end_of_name};
 pub use event::{COMM_LEN, Event, Process};
 pub use flow::{Flow, Hook, Protocol, Scope, View};
-pub use layout::{ABI_VERSION, Counter, MAX_SCOPES, MAX_USERS, Meta, map};
-pub use packet::{Bytes, Packet, Way, way_v4, way_v6};
+pub use layout::{
+    ABI_VERSION, Counter, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MAX_NETNS, MAX_RESOLVERS, MAX_SCOPES, MAX_USERS, Meta,
+    map,
+};
+pub use names::{Asked, Claim, ClaimPlace, Claims, FactKey, Lesson, Lifetime, MOST_CLAIMS, NameId, ResolverKey};
+pub use packet::{Arrived, Bytes, Checksum, DNS_PORT, Packet, Way, answer_v4, answer_v6, way_v4, way_v6};
 pub use peers::{Peers, REPLY_SECONDS};
+pub use reserved::Reserved;
 pub use rule::{Action, Entries, Entry, RuleId, Segment, SegmentList};
 pub use settings::{Refusal, Settings};
 pub use socket::{SocketKind, SocketKinds};
+pub use stream::{Arrival, LONGEST_MESSAGE, MOST_AT_ONCE, Step, Stream};
 pub use verdict::{Decision, Reason, Verdict};
-pub use workload::{ELSEWHERE, MAX_LEVEL, Place, Placement, Seat, Task, UserKey, Workloads, place};
+pub use workload::{ELSEWHERE, MAX_LEVEL, Place, Placement, SHARED, Seat, Task, UserKey, Workloads, place, workload};
 
 /// A byte that stands for no value of the enum it was read as: written by another version, or damaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! Packets whose way differs from what their destination says. For the packet guard: no list of addresses, only what no
 //! look-up of a destination can see.
 
-use crate::{Address, Protocol};
+use crate::{Address, LONGEST_MESSAGE, Protocol};
 
 /// Bytes that somebody else wrote.
 pub trait Bytes {
@@ -109,6 +109,128 @@ fn routes_v6<P: Packet>(packet: &P, mut next: u8) -> bool {
         next = following;
     }
     true
+}
+
+/// The port of servers of DNS.
+pub const DNS_PORT: u16 = 53;
+
+/// A packet that came from port 53.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrived {
+    /// Who sent it, as it says.
+    pub source: Address,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// Where the header of that begins.
+    pub transport: u32,
+    /// Over the addresses and the protocol: see [`Checksum`].
+    pub sum: Checksum,
+}
+
+/// Reads an IPv4 packet. `None` if it did not come from port 53 of TCP or UDP, which is seen first.
+#[inline(always)]
+pub fn answer_v4<B: Bytes>(packet: &B) -> Option<Arrived> {
+    let [version_and_length, .., protocol] = packet.load::<10>(0)?;
+    let (protocol, transport) = from_dns(packet, protocol, u32::from(version_and_length & 0xf) * 4)?;
+    let addresses: [u8; 8] = packet.load(12)?;
+    let [a, b, c, d, ..] = addresses;
+    let source = Address::from_network_v4(u32::from_ne_bytes([a, b, c, d]));
+    Some(Arrived { source, protocol, transport, sum: Checksum::new(protocol).with(addresses) })
+}
+
+/// Reads an IPv6 packet. `None` if it did not come from port 53 of TCP or UDP, or has extension headers, which no answer has.
+#[inline(always)]
+pub fn answer_v6<B: Bytes>(packet: &B) -> Option<Arrived> {
+    let [next] = packet.load(6)?;
+    let (protocol, transport) = from_dns(packet, next, 40)?;
+    let (source, destination): ([u8; 16], [u8; 16]) = (packet.load(8)?, packet.load(24)?);
+    let sum = Checksum::new(protocol).with(source).with(destination);
+    Some(Arrived { source: Address::from_network_bytes(source), protocol, transport, sum })
+}
+
+#[inline(always)]
+fn from_dns<B: Bytes>(packet: &B, protocol: u8, transport: u32) -> Option<(Protocol, u32)> {
+    let protocol = Protocol::from_kernel(protocol.into());
+    if !protocol.is_judged() {
+        return None;
+    }
+    let port: [u8; 2] = packet.load(transport)?;
+    (u16::from_be_bytes(port) == DNS_PORT).then_some((protocol, transport))
+}
+
+/// A checksum in the making: ones' complement, which works in any byte order as long as it is the same (RFC 1071).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checksum(u64);
+
+impl Checksum {
+    /// Of a pseudo header with nothing but the protocol.
+    #[inline(always)]
+    const fn new(protocol: Protocol) -> Self {
+        Self((protocol.number() as u16).to_be() as u64)
+    }
+
+    /// From [`Checksum::number`].
+    #[inline(always)]
+    pub const fn from_number(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// As a number.
+    #[inline(always)]
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+
+    /// With some words of 16 bits.
+    #[inline(always)]
+    #[must_use]
+    pub fn with<const N: usize>(self, bytes: [u8; N]) -> Self {
+        const { assert!(N.is_multiple_of(2)) };
+        let mut sum = self.0;
+        let mut index = 0;
+        while index < N {
+            sum += u64::from(u16::from_ne_bytes([bytes[index], bytes[index + 1]]));
+            index += 2;
+        }
+        Self(sum)
+    }
+
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "after folding, nothing is above 16 bits")]
+    const fn folded(self) -> u16 {
+        let sum = (self.0 & 0xffff) + ((self.0 >> 16) & 0xffff) + ((self.0 >> 32) & 0xffff) + (self.0 >> 48);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        ((sum & 0xffff) + (sum >> 16)) as u16
+    }
+
+    /// Whether a datagram of `length` bytes after its header `header` is as it was sent; `self` is over its addresses and its
+    /// protocol. One that has not left this machine, or a bridge in it, is not summed yet (`CHECKSUM_PARTIAL` of
+    /// `linux/skbuff.h`): its field is the sum of its pseudo header.
+    #[inline(always)]
+    pub fn is_right<B: Bytes>(self, header: [u8; 8], payload: &B, length: u32) -> bool {
+        let [.., size_high, size_low, sum_high, sum_low] = header;
+        let pseudo = self.with([size_high, size_low]);
+        if [sum_high, sum_low] == [0; 2] || u16::from_ne_bytes([sum_high, sum_low]) == pseudo.folded() {
+            return true;
+        }
+        let mut sum = pseudo.with(header);
+        for index in 0..LONGEST_MESSAGE / 4 {
+            let Some(word) = payload.load::<4>(index * 4) else { break };
+            sum.0 += u64::from(u32::from_ne_bytes(word));
+        }
+        let rest = length & !3;
+        if length & 2 != 0
+            && let Some(word) = payload.load::<2>(rest)
+        {
+            sum = sum.with(word);
+        }
+        if length & 1 != 0
+            && let Some([byte]) = payload.load::<1>(length - 1)
+        {
+            sum = sum.with([byte, 0]);
+        }
+        sum.folded() == u16::MAX
+    }
 }
 
 #[cfg(test)]
@@ -235,6 +357,78 @@ mod tests {
         assert!(from(core::net::Ipv6Addr::LOCALHOST, true) && !from(core::net::Ipv6Addr::LOCALHOST, false));
         // What comes from elsewhere does not come here by the loopback device.
         assert!(from("2001:db8::bad".parse().unwrap(), false));
+    }
+
+    fn udp_v4(source: [u8; 4], from: u16, payload: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(payload.len() + 8).unwrap();
+        let ip = [&[0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0][..], &source, &[10, 0, 0, 9]].concat();
+        let udp = [&from.to_be_bytes()[..], &[0x30, 0x39], &length.to_be_bytes(), &[0, 0]].concat();
+        [&ip[..], &udp, payload].concat()
+    }
+
+    /// The slow, obvious sum of RFC 768: words in network byte order.
+    fn sum(packet: &[u8]) -> u16 {
+        let udp = &packet[20..];
+        let mut bytes = [&packet[12..20], &[0, 17], &udp[4..6], udp].concat();
+        bytes.resize(bytes.len().next_multiple_of(2), 0);
+        let mut sum: u32 = bytes.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        !u16::try_from(sum).unwrap()
+    }
+
+    fn is_right(packet: &[u8]) -> bool {
+        let arrived = answer_v4(&Sent { bytes: packet.to_vec(), leaves: true }).unwrap();
+        let payload = Sent { bytes: packet[28..].to_vec(), leaves: true };
+        let length = u32::try_from(packet.len() - 28).unwrap();
+        arrived.sum.is_right(packet[20..28].try_into().unwrap(), &payload, length)
+    }
+
+    #[test]
+    fn what_comes_from_port_53_is_seen() {
+        let answer = |bytes: &[u8]| answer_v4(&Sent { bytes: bytes.to_vec(), leaves: false });
+        let packet = udp_v4([192, 0, 2, 53], 53, b"hello");
+        let arrived = answer(&packet).unwrap();
+        assert_eq!((arrived.source.to_ip(), arrived.protocol), ("192.0.2.53".parse().unwrap(), Protocol::UDP));
+        assert_eq!(arrived.transport, 20);
+        assert!(answer(&udp_v4([192, 0, 2, 53], 54, b"hello")).is_none());
+        let mut other = packet.clone();
+        other[9] = 132;
+        assert!(answer(&other).is_none());
+        for cut in 0..22 {
+            assert!(answer(&packet[..cut]).is_none(), "{cut}");
+        }
+        let v6 = [&[0x60, 0, 0, 0, 0, 20, 6, 64][..], &[7; 16], &[8; 16], &[0, 53, 1, 1]].concat();
+        let arrived = answer_v6(&Sent { bytes: v6, leaves: false }).unwrap();
+        assert_eq!((arrived.source, arrived.protocol), (Address::from_network_bytes([7; 16]), Protocol::TCP));
+        assert_eq!(arrived.transport, 40);
+    }
+
+    #[test]
+    fn a_datagram_that_has_not_been_summed_is_right() {
+        let mut packet = udp_v4([192, 0, 2, 53], 53, b"hello");
+        assert!(is_right(&packet), "without a sum");
+        let pseudo = u32::from(u16::MAX) & [0xc000, 0x0235, 0x0a00, 9, 17, 13].iter().sum::<u32>();
+        packet[26..28].copy_from_slice(&u16::try_from(pseudo).unwrap().to_be_bytes());
+        assert!(is_right(&packet));
+        packet[27] ^= 1;
+        assert!(!is_right(&packet));
+    }
+
+    proptest! {
+        #[test]
+        fn a_checksum_is_right_or_wrong(payload in prop::collection::vec(any::<u8>(), 0..300), bit: prop::sample::Index) {
+            let mut packet = udp_v4([192, 0, 2, 53], 53, &payload);
+            let sum = sum(&packet);
+            prop_assume!(sum != 0);
+            packet[26..28].copy_from_slice(&sum.to_be_bytes());
+            prop_assert!(is_right(&packet));
+            if let Some(bit) = (!payload.is_empty()).then(|| bit.index(payload.len() * 8)) {
+                packet[28 + bit / 8] ^= 1 << (bit % 8);
+                prop_assert!(!is_right(&packet));
+            }
+        }
     }
 
     proptest! {

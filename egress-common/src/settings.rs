@@ -37,12 +37,14 @@ pub struct Settings {
     replies: u8,
     refusal: u8,
     sockets: u16,
-    reserved: [u8; 2],
+    serves_dns: u8,
+    reserved: u8,
 }
 
 impl Settings {
     /// The element of a view that is not there.
-    pub const ABSENT: Self = Self { is_there: 0, default: 0, replies: 0, refusal: 0, sockets: 0, reserved: [0; 2] };
+    pub const ABSENT: Self =
+        Self { is_there: 0, default: 0, replies: 0, refusal: 0, sockets: 0, serves_dns: 0, reserved: 0 };
 
     /// With this default; replies are allowed, sockets beyond TCP and UDP are not, and refused calls return `EPERM`.
     pub const fn new(default: Action) -> Self {
@@ -65,6 +67,18 @@ impl Settings {
     #[must_use]
     pub const fn with_refusal(self, refusal: Refusal) -> Self {
         Self { refusal: refusal.code(), ..self }
+    }
+
+    /// Of workloads that resolve names for the whole host.
+    #[must_use]
+    pub const fn with_dns_service(self) -> Self {
+        Self { serves_dns: 1, ..self }
+    }
+
+    /// Whether its workloads resolve names for the whole host: they may serve DNS, and what they learn counts for everybody.
+    #[inline(always)]
+    pub const fn serves_dns(&self) -> bool {
+        self.serves_dns != 0
     }
 
     /// Whether there is such a view.
@@ -117,5 +131,6 @@ mod tests {
         assert_eq!((settings.default_action(), settings.replies()), (Ok(Action::Deny), Ok(Action::Deny)));
         assert_eq!((settings.sockets(), settings.refusal()), (sockets, Ok(Refusal::Ehostunreach)));
         assert_eq!(Settings::new(Action::Allow).replies(), Ok(Action::Allow));
+        assert!(settings.with_dns_service().serves_dns() && !settings.serves_dns());
     }
 }

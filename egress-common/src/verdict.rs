@@ -20,6 +20,8 @@ coded_enum! {
     pub enum Reason {
         /// A rule names the destination.
         Rule = 0 => "rule",
+        /// A rule names a name that the destination was an answer for.
+        Name = 1 => "name",
         /// A datagram back to a peer that the socket has received from.
         Reply = 2 => "reply",
         /// No rule names the destination; the default decided.
@@ -43,7 +45,7 @@ pub struct Decision {
     pub verdict: Verdict,
     /// Why.
     pub reason: Reason,
-    /// The rule that decided; `None` unless the reason is [`Reason::Rule`].
+    /// The rule that decided; `None` unless the reason is [`Reason::Rule`] or [`Reason::Name`].
     pub rule: Option<RuleId>,
     /// What the call returns if it is refused.
     pub refusal: Refusal,

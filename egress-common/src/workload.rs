@@ -12,6 +12,9 @@ pub const MAX_LEVEL: u8 = 63;
 /// not below it. No cgroup has this id.
 pub const ELSEWHERE: u64 = 0;
 
+/// The workload that stands for all who resolve names for the whole host. No cgroup has this id.
+pub const SHARED: u64 = u64::MAX;
+
 /// Where a task belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
@@ -161,24 +164,42 @@ pub fn place<W: Workloads, T: Task>(workloads: &W, task: &T) -> Place {
     }
 }
 
+/// The id of the cgroup by which a task is placed, or [`ELSEWHERE`]: those that share it share what they learnt.
+#[inline(always)]
+pub fn workload<W: Workloads, T: Task>(workloads: &W, task: &T) -> u64 {
+    match nearest(workloads, task) {
+        Some((id, _)) => id,
+        None => ELSEWHERE,
+    }
+}
+
 #[inline(always)]
 fn seat<W: Workloads, T: Task>(workloads: &W, task: &T) -> Seat {
+    if let Some((id, placement)) = nearest(workloads, task) {
+        return if id == task.cgroup() { placement.own } else { placement.below };
+    }
+    match workloads.placement(ELSEWHERE) {
+        Some(placement) => placement.below,
+        None => Seat::UNKNOWN,
+    }
+}
+
+/// The nearest ancestor that is placed.
+#[inline(always)]
+fn nearest<W: Workloads, T: Task>(workloads: &W, task: &T) -> Option<(u64, Placement)> {
     let mut level = workloads.deepest();
     for _ in 0..=MAX_LEVEL {
         if let Some(id) = task.ancestor(level)
             && let Some(placement) = workloads.placement(id)
         {
-            return if id == task.cgroup() { placement.own } else { placement.below };
+            return Some((id, placement));
         }
         if level == 0 {
             break;
         }
         level -= 1;
     }
-    match workloads.placement(ELSEWHERE) {
-        Some(placement) => placement.below,
-        None => Seat::UNKNOWN,
-    }
+    None
 }
 
 #[cfg(test)]
@@ -243,6 +264,8 @@ mod tests {
         assert_eq!(at(&[1, 2]), Place::Scope(A));
         assert_eq!(at(&[1, 2, 3]), Place::Scope(B));
         assert_eq!(at(&[1, 2, 3, 4, 5]), Place::Unknown);
+        let of = |path: &[u64]| workload(&workloads, &Actor(path.to_vec(), 0));
+        assert_eq!([of(&[1]), of(&[1, 2]), of(&[1, 2, 3]), of(&[1, 2, 3, 4]), of(&[9])], [1, 1, 3, 3, ELSEWHERE]);
     }
 
     #[test]

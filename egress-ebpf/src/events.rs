@@ -2,16 +2,13 @@
 
 use aya_ebpf::{
     btf_maps::RingBuf,
-    helpers::{
-        bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-        generated::bpf_ktime_get_boot_ns,
-    },
+    helpers::{bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
     macros::btf_map,
     programs::SkBuffContext,
 };
 use egress_common::{COMM_LEN, Counter, Decision, Event, Flow, Hook, Process, SocketKind, Verdict};
 
-use crate::{stats, workloads};
+use crate::{clock, stats, workloads};
 
 /// Bytes, a power of two; room for about 11,000 reports that the agent has not read yet.
 const CAPACITY: usize = 1 << 20;
@@ -23,7 +20,7 @@ static EVENTS: RingBuf<Event, CAPACITY> = RingBuf::new();
 #[inline(always)]
 pub(crate) fn record(hook: Hook, flow: &Flow, decision: &Decision) {
     if is_to_report(hook, decision) {
-        write(&Event::new(now(), current(), hook, flow, decision));
+        write(&Event::new(clock::nanoseconds(), current(), hook, flow, decision));
     }
 }
 
@@ -31,7 +28,7 @@ pub(crate) fn record(hook: Hook, flow: &Flow, decision: &Decision) {
 #[inline(always)]
 pub(crate) fn record_socket(hook: Hook, kind: SocketKind, family: u32, flow: &Flow, decision: &Decision) {
     if is_to_report(hook, decision) {
-        write(&Event::new(now(), current(), hook, flow, decision).of_socket(kind, family));
+        write(&Event::new(clock::nanoseconds(), current(), hook, flow, decision).of_socket(kind, family));
     }
 }
 
@@ -41,7 +38,7 @@ pub(crate) fn record_packet(ctx: &SkBuffContext, flow: &Flow, decision: &Decisio
     if is_to_report(Hook::Egress, decision) {
         let (cgroup_id, uid) = (workloads::cgroup_of(ctx), ctx.get_socket_uid());
         let sender = Process { cgroup_id, pid: 0, tid: 0, uid, gid: 0, comm: [0; COMM_LEN] };
-        write(&Event::new(now(), sender, Hook::Egress, flow, decision));
+        write(&Event::new(clock::nanoseconds(), sender, Hook::Egress, flow, decision));
     }
 }
 
@@ -61,12 +58,6 @@ fn write(event: &Event) {
     if EVENTS.output(event, 0).is_err() {
         stats::add(Counter::EventsLost);
     }
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: the helper takes no arguments and only returns a number.
-    unsafe { bpf_ktime_get_boot_ns() }
 }
 
 #[inline(always)]

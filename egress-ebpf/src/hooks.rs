@@ -5,6 +5,9 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "the macros call each program with its context by value")]
 
+mod answers;
+mod binds;
+mod cookie;
 mod destinations;
 mod options;
 mod packets;

@@ -11,10 +11,15 @@
 )]
 
 mod answer;
+mod asked;
+mod clock;
 mod context;
 mod events;
 mod hooks;
+mod lessons;
 mod meta;
+mod names;
+mod packet;
 mod peers;
 mod rules;
 mod stats;

@@ -10,11 +10,12 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use egress_common::{
-    Address, Entry, Flow, MAX_SCOPES, PrefixKey, Protocol, Rules, Segment, SegmentList, Settings, View, find_segment,
+    Address, Entry, Flow, MAX_SCOPES, PrefixKey, Protocol, RuleId, Rules, Segment, SegmentList, Settings, View,
+    find_segment,
 };
 use zerocopy::transmute;
 
-use crate::peers;
+use crate::{names, peers};
 
 // Values of inner maps are described as arrays: where a struct is described, kernels from 5.15 to 6.2 look for timers in it,
 // and take no other map in its place but one that was described the same way (`bpf_map_meta_equal`).
@@ -85,6 +86,11 @@ impl Rules for Maps<'_> {
             Some(socket) => peers::has(socket, flow),
             None => false,
         }
+    }
+
+    #[inline(always)]
+    fn rule_by_name(&self, view: View, flow: &Flow) -> Option<RuleId> {
+        names::allows(view, flow)
     }
 }
 

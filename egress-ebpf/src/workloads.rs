@@ -12,7 +12,7 @@ use aya_ebpf::{
     macros::btf_map,
     programs::SkBuffContext,
 };
-use egress_common::{MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place};
+use egress_common::{ELSEWHERE, MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place, workload};
 use zerocopy::transmute;
 
 use crate::meta;
@@ -54,6 +54,16 @@ extern "C" fn current_place() -> u32 {
         None => Place::Unknown,
     };
     place.pack()
+}
+
+/// The workload of the current task: see [`workload`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn current_workload() -> u64 {
+    match WORKLOADS.get(0) {
+        Some(placements) => workload(&Maps { placements }, &Current),
+        None => ELSEWHERE,
+    }
 }
 
 struct Maps<'a> {

@@ -10,7 +10,7 @@ use std::{fmt::Write as _, fs, net::Ipv4Addr, sync::Arc, time::Instant};
 use anyhow::{Context as _, Result, ensure};
 use egress_agent::{
     compile::{Context, NodeAction, NodeDefault},
-    dataplane::{Change, Dataplane, KernelLog, PacketGuard, pinned},
+    dataplane::{Change, Dataplane, KernelLog, NameSettings, PacketGuard, pinned},
     pins::PinDirectory,
     policy::{PolicySet, load::load_text},
     scopes::{Node, Selector, UnknownWorkloads},
@@ -61,8 +61,14 @@ fn measure(size: u32, rounds: usize) -> Result<Measured> {
     for _ in 0..rounds {
         let bpffs = Bpffs::new()?;
         let directory = PinDirectory::claim(&bpffs.path().join("bench"))?;
-        let mut dataplane =
-            Dataplane::prepare(&fs::read(OBJECT)?, KernelLog::Off, PacketGuard::On, directory.begin()?, u64::MAX)?;
+        let mut dataplane = Dataplane::prepare(
+            &fs::read(OBJECT)?,
+            KernelLog::Off,
+            PacketGuard::On,
+            NameSettings::default(),
+            directory.begin()?,
+            u64::MAX,
+        )?;
         measured.first.push(put(&mut dataplane, &document(size))?);
         measured.grace.push(put(&mut dataplane, "")?.2);
         put(&mut dataplane, &document(size))?;

@@ -22,6 +22,8 @@ use crate::cgroup::Cgroup;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Hook {
+    /// `BPF_CGROUP_INET_INGRESS`.
+    Ingress = 0,
     /// `BPF_CGROUP_INET4_CONNECT`.
     Connect4 = 10,
     /// `BPF_CGROUP_INET6_CONNECT`.
@@ -43,6 +45,17 @@ pub enum How {
     Override,
     /// `BPF_PROG_ATTACH` with no flag: alone on its cgroup and on everything below.
     Exclusive,
+}
+
+impl Hook {
+    /// `enum bpf_prog_type` of `linux/bpf.h`.
+    const fn program_type(self) -> u32 {
+        const CGROUP_SKB: u32 = 8;
+        match self {
+            Self::Ingress => CGROUP_SKB,
+            Self::Connect4 | Self::Connect6 | Self::Sendmsg4 | Self::Sendmsg6 => BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
+        }
+    }
 }
 
 impl How {
@@ -295,7 +308,7 @@ impl Request for MapCreate {}
 fn load(hook: Hook, instructions: &[Instruction]) -> io::Result<Program> {
     let license = c"GPL";
     let request = ProgramLoad {
-        program_type: BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
+        program_type: hook.program_type(),
         count: u32::try_from(instructions.len()).expect("the programs are a few instructions long"),
         instructions: instructions.as_ptr() as u64,
         license: license.as_ptr() as u64,

@@ -8,6 +8,7 @@
 
 pub mod actor;
 pub mod agent;
+pub mod asker;
 pub mod bpffs;
 pub mod cgroup;
 pub mod container;

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     os::{fd::AsFd, unix::process::CommandExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -107,4 +107,21 @@ fn ip(args: &[&str]) -> Result<()> {
         bail!("ip {} failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
+}
+
+/// Has a command see a file in the place of another, in a mount namespace of its own.
+pub fn with_file_over(command: &mut Command, file: &Path, over: &'static str) {
+    let file = file.to_owned();
+    let enter = move || {
+        use rustix::{
+            mount::{MountPropagationFlags, mount_bind, mount_change},
+            thread::{UnshareFlags, unshare_unsafe},
+        };
+        // SAFETY: the child has one thread and shares nothing with others yet.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+        Ok(mount_bind(&file, over)?)
+    };
+    // SAFETY: between fork and exec the closure makes three system calls; paths of this length are not allocated for.
+    unsafe { command.pre_exec(enter) };
 }

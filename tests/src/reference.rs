@@ -71,6 +71,9 @@ pub fn ask(ruleset: &Ruleset, asked: Question) -> Answer {
 /// Judges one flow.
 pub fn judge(policies: &PolicySet, workload: &Workload, context: &Context, asked: Question) -> Answer {
     let asked = Question { address: inner(asked.address), ..asked };
+    if goes_nowhere(asked.address) {
+        return Answer::Deny(Why::NoRule);
+    }
     let selecting: Vec<&EgressPolicy> = policies.egress_policies.iter().filter(|p| selects(p, workload)).collect();
     let enforcing: Vec<&EgressPolicy> = selecting.iter().copied().filter(|p| p.mode == Mode::Enforce).collect();
     let world = World { policies, workload, context };
@@ -93,6 +96,11 @@ pub fn judge(policies: &PolicySet, workload: &Workload, context: &Context, asked
         (true, Why::NoRule)
     };
     if audited.0 { Answer::Allow(why) } else { Answer::WouldDeny(audited.1) }
+}
+
+/// `100::/64` (RFC 6666), which no policy opens.
+pub fn goes_nowhere(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.segments()[..4] == [0x100, 0, 0, 0])
 }
 
 /// IPv4 inside IPv6: mapped (RFC 4291), or behind NAT64 (RFC 6052) unless it is an address of this host.

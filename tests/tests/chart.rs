@@ -240,6 +240,7 @@ fn rows_of_the_pod() -> Vec<Row> {
     ] } } });
     vec![
         row(json!({ "terminate": true }), [(add, json!(["BPF", "PERFMON", "NET_ADMIN", "SYS_PTRACE", "SYS_ADMIN"]))]),
+        row(json!({ "learnNames": true }), [(add, json!(["BPF", "PERFMON", "NET_ADMIN", "SYS_PTRACE", "SYS_ADMIN"]))]),
         row(
             json!({ "lockedMemory": true }),
             [(add, json!(["BPF", "PERFMON", "NET_ADMIN", "SYS_PTRACE", "SYS_RESOURCE"]))],

@@ -4,7 +4,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use egress_common::NameKey;
+use egress_common::{NameEnd, NameKey};
 use egress_tests::fuzz_targets::dns::{Learnt, dns_response, learn};
 use hickory_proto::{
     op::{Edns, Message, OpCode, Query},
@@ -70,7 +70,7 @@ proptest! {
             Part::Address(address) => Some((*address, *ttl)),
             Part::Alias(_) | Part::Text(_) => None,
         });
-        let name = NameKey::of(&question, false).unwrap().as_bytes_of_name().to_vec();
+        let name = NameKey::of(&question, NameEnd::Exact).unwrap().as_bytes_of_name().to_vec();
         prop_assert_eq!(learn(&bytes), Some(Learnt { name, addresses: addresses.collect() }));
     }
 

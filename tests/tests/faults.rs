@@ -16,7 +16,7 @@ use std::{
 use egress_agent::{
     cgroup,
     compile::{Context, NodeAction, NodeDefault},
-    dataplane::{Change, Dataplane, KernelLog, PacketGuard, pinned},
+    dataplane::{Change, Dataplane, KernelLog, NameSettings, PacketGuard, pinned},
     pins::PinDirectory,
     policy::load::load_text,
     run::chain,
@@ -458,6 +458,7 @@ fn without_memory_in_a_process_of_its_own() {
         &fs::read(OBJECT).unwrap(),
         KernelLog::Off,
         PacketGuard::On,
+        NameSettings::default(),
         pins.begin().unwrap(),
         u64::MAX,
     )

@@ -8,10 +8,11 @@ use std::{fs, mem::ManuallyDrop, net::SocketAddr, process::Command};
 use egress_tests::{
     actor::{Actor, Outcome},
     agent::{Agent, Place, binary},
+    asker::{self, Asker, Transport},
     cgroup::Cgroup,
     eventually,
     fake_kube::{FakeKube, Fault, Resource},
-    netns::Netns,
+    netns::{Netns, connect},
 };
 use rustix::io::Errno;
 use serde_json::{Value, json};
@@ -439,6 +440,37 @@ fn the_networks_and_resolvers_of_the_cluster_are_those_that_are_named() {
     node.policy("shop", "narrow", &json!({ "deny": [{ "to": [{ "cidr": "10.1.0.0/16" }] }] }));
     becomes(&mut ratings, "10.1.2.3:8080", REFUSED);
     is(&mut ratings, "10.2.0.1:8080", NOBODY_THERE);
+}
+
+/// In the network namespace of its own that each pod has, made by root; and not in one that a process of a pod makes.
+#[test]
+fn names_are_learnt_in_the_network_namespaces_of_pods() {
+    const SERVER: &str = "198.51.100.53";
+    let mut node = Node::shop();
+    let own = Netns::with_every_address_local().unwrap();
+    let far = Netns::new().unwrap();
+    connect((&own, "pod", "198.51.100.1/24"), (&far, "far", "198.51.100.53/24")).unwrap();
+    own.ip(&["route", "del", "local", "0.0.0.0/0", "dev", "lo"]).unwrap();
+    own.ip(&["route", "add", "local", "192.0.2.0/24", "dev", "lo"]).unwrap();
+    far.run(|| asker::serve(SERVER.parse().unwrap())).unwrap().unwrap();
+    let ports = json!([{ "number": 443, "name": "tls", "protocol": "TLS" }]);
+    node.entry("shop", "api", &json!({ "hosts": ["*.example.com"], "ports": ports, "resolution": "NONE" }));
+    let container =
+        ManuallyDrop::new(node.pods.descendant(&format!("burstable/pod{}/{CONTAINER}", uid("ratings"))).unwrap());
+    let (mut asker, mut liar) = (Asker::start(&own, &container).unwrap(), Asker::start(&own, &container).unwrap());
+    assert_eq!(liar.order("unshare").unwrap(), "");
+    liar.order(&format!("ip address add {SERVER}/32 dev lo")).unwrap();
+    assert_eq!(liar.order(&format!("serve {SERVER}")).unwrap(), "");
+    node.start(&["--cluster-dns", SERVER]);
+    let is_refused =
+        |asker: &mut Asker, address: &str| asker.is_refused(format!("{address}:443").parse().unwrap()).unwrap();
+    liar.ask(Transport::Udp, SERVER.parse().unwrap(), "192-0-2-1.example.com").unwrap();
+    assert!(is_refused(&mut asker, "192.0.2.1"));
+    for (transport, address) in [(Transport::Udp, "192.0.2.2"), (Transport::Tcp, "192.0.2.3")] {
+        assert!(is_refused(&mut asker, address));
+        asker.ask(transport, SERVER.parse().unwrap(), &format!("{}.example.com", address.replace('.', "-"))).unwrap();
+        assert!(!is_refused(&mut asker, address), "{transport:?}");
+    }
 }
 
 #[test]

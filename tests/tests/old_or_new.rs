@@ -18,7 +18,7 @@ use std::{
 use egress_agent::{
     cgroup,
     compile::{Context, NodeAction, NodeDefault},
-    dataplane::{Change, Dataplane, KernelLog, PacketGuard},
+    dataplane::{Change, Dataplane, KernelLog, NameSettings, PacketGuard},
     pins::PinDirectory,
     policy::{L4, PolicySet, load::load_text},
     scopes::{Layout, Node, Selector, UnknownWorkloads},
@@ -171,8 +171,15 @@ impl Filter {
         };
         let layouts: Vec<Layout> = policies().into_iter().map(layout).collect();
         let set = PinDirectory::claim(pins).unwrap().begin().unwrap();
-        let mut dataplane =
-            Dataplane::prepare(&fs::read(OBJECT).unwrap(), KernelLog::Off, PacketGuard::On, set, 1 << 30).unwrap();
+        let mut dataplane = Dataplane::prepare(
+            &fs::read(OBJECT).unwrap(),
+            KernelLog::Off,
+            PacketGuard::On,
+            NameSettings::default(),
+            set,
+            1 << 30,
+        )
+        .unwrap();
         dataplane.apply(&layouts[0], Change::Policy).unwrap();
         dataplane.attach(&opened).unwrap();
         Self { dataplane, layouts, cgroup }

@@ -107,15 +107,6 @@ fn documents_of_other_kinds_are_skipped_with_a_note() {
 }
 
 #[test]
-fn a_wildcard_that_cannot_be_resolved_is_warned_of() {
-    let text = ENTRY.replace("  addresses: [192.0.2.1]\n", "").replace("a.example.com", "'*.example.com'");
-    let (cgroup, policies) = (Cgroup::new().unwrap(), policies(&text));
-    let mut agent = Agent::start(policies.path(), &cgroup, &[]).unwrap();
-    let warns = |line: &String| line.contains("WARN") && line.contains("*.example.com") && line.contains("default/a");
-    assert!(agent.log().iter().any(warns), "{:#?}", agent.log());
-}
-
-#[test]
 fn a_policy_path_that_is_not_there_is_an_error() {
     let cgroup = Cgroup::new().unwrap();
     ends(run_command(Path::new("/nonexistent/policies"), cgroup.path()), 1, &["/nonexistent/policies"]);

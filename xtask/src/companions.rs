@@ -1,5 +1,5 @@
-//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, a DNS server, and what the
-//! system may lack of iproute2, curl and Python; runc; and pip, for the check of the chart.
+//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, two DNS servers and a client, and what
+//! the system may lack of iproute2, curl and Python; runc; and pip, for the check of the chart.
 //!
 //! Each is unpacked below `target/companions` and called through a script that knows where its libraries are. Starting and stopping them is
 //! up to the tests.
@@ -48,6 +48,21 @@ const DNSMASQ: Companion = Companion {
     scripts: &[("bin/dnsmasq", "exec \"$root/usr/sbin/dnsmasq\" --conf-file=/dev/null --user=\"$(id -un)\" \"$@\"")],
 };
 
+/// Reads no configuration but what its command line names.
+const UNBOUND: Companion = Companion {
+    name: "unbound",
+    recipe: "unbound 1",
+    packages: &["unbound"],
+    scripts: &[("scripts/unbound", "exec \"$root/usr/sbin/unbound\" \"$@\"")],
+};
+
+const DIG: Companion = Companion {
+    name: "dig",
+    recipe: "dig 1",
+    packages: &["bind9-dnsutils"],
+    scripts: &[("scripts/dig", "exec \"$root/usr/bin/dig\" -r \"$@\"")],
+};
+
 /// Clients that people use: they show what a refused call looks like from the application.
 const CURL: Companion = Companion {
     name: "curl",
@@ -91,7 +106,7 @@ struct Companion {
 pub fn ensure(workspace: &Workspace) -> Result<Environment> {
     let _lock = step::lock(workspace)?;
     let directory = workspace.target("companions");
-    for companion in [MARIADB, DNSMASQ] {
+    for companion in [MARIADB, DNSMASQ, UNBOUND, DIG] {
         companion.ensure(workspace, &directory)?;
     }
     let mut environment =

@@ -37,6 +37,8 @@ pub struct Combined {
     pub default: Action,
     /// What holds beside the statements.
     pub settings: Settings,
+    /// The servers of DNS that may be asked, and whose answers are believed.
+    pub resolvers: Vec<IpAddr>,
     /// The `EgressPolicy` documents that speak; empty where the node default stands in.
     pub policies: Vec<ObjectName>,
 }
@@ -45,7 +47,13 @@ impl Combined {
     /// The view in which everything is allowed.
     pub const fn allow_any() -> Self {
         let default = Action::Allow;
-        Self { statements: Vec::new(), default, settings: Settings::new(default), policies: Vec::new() }
+        Self {
+            statements: Vec::new(),
+            default,
+            settings: Settings::new(default),
+            resolvers: Vec::new(),
+            policies: Vec::new(),
+        }
     }
 }
 
@@ -83,10 +91,17 @@ fn registry_only(policies: &PolicySet, workload: &Workload, context: &Context) -
         .flat_map(|entry| service_statements(entry, &context.names))
         .collect();
     statements.extend(context.node_default.loopback.then(loopback));
-    statements.extend(context.node_default.dns.then(|| dns(system_resolvers(workload, context))));
+    let resolvers = if context.node_default.dns { system_resolvers(workload, context) } else { &[] };
+    statements.extend(context.node_default.dns.then(|| dns(resolvers)));
     statements.extend(internal(workload, context));
     let default = Action::Deny;
-    Combined { statements: ordered(statements), default, settings: Settings::new(default), policies: Vec::new() }
+    Combined {
+        statements: ordered(statements),
+        default,
+        settings: Settings::new(default),
+        resolvers: resolvers.to_vec(),
+        policies: Vec::new(),
+    }
 }
 
 fn united(policies: &PolicySet, workload: &Workload, context: &Context, speaking: &[&EgressPolicy]) -> Combined {
@@ -108,6 +123,7 @@ fn united(policies: &PolicySet, workload: &Workload, context: &Context, speaking
         statements: ordered(statements),
         default,
         settings: settings(speaking, default),
+        resolvers: servers,
         policies: speaking.iter().map(|policy| policy.object.clone()).collect(),
     }
 }
@@ -245,20 +261,22 @@ fn service_parts(entry: &ServiceEntry, port: &ServicePort, names: &Names) -> Vec
     let own = entry.addresses.iter().map(|&net| net.into());
     let hosts: &[HostPattern] = if is_dialled_by_name(entry) { &entry.hosts } else { &[] };
     let named = hosts.iter().flat_map(|host| names.addresses(host)).map(Block::from);
-    let mut parts = vec![part(own.chain(named).collect(), port, port.number)];
+    let blocks = own.chain(named).collect();
+    let mut parts = vec![Part { hosts: hosts.to_vec(), ..part(blocks, port, port.number) }];
     if entry.resolution != Resolution::None {
         parts.extend(entry.endpoints.iter().map(|endpoint| {
-            let blocks = match &endpoint.address {
-                EndpointAddress::Ip(address) => vec![(*address).into()],
+            let (blocks, hosts) = match &endpoint.address {
+                EndpointAddress::Ip(address) => (vec![(*address).into()], Vec::new()),
                 EndpointAddress::Host(name) => {
-                    names.addresses(&HostPattern::Exact(name.clone())).map(Block::from).collect()
+                    let pattern = HostPattern::Exact(name.clone());
+                    (names.addresses(&pattern).map(Block::from).collect(), vec![pattern])
                 }
-                EndpointAddress::Unix(_) | EndpointAddress::Gateway => Vec::new(),
+                EndpointAddress::Unix(_) | EndpointAddress::Gateway => (Vec::new(), Vec::new()),
             };
-            part(blocks, port, endpoint_port(endpoint, port))
+            Part { hosts, ..part(blocks, port, endpoint_port(endpoint, port)) }
         }));
     }
-    parts.retain(|part| !part.blocks.is_empty());
+    parts.retain(|part| !part.blocks.is_empty() || !part.hosts.is_empty());
     parts
 }
 
@@ -296,7 +314,7 @@ pub fn is_dialled_by_name(entry: &ServiceEntry) -> bool {
 }
 
 fn part(blocks: Vec<Block>, port: &ServicePort, number: u16) -> Part {
-    Part { blocks, ports: vec![Ports { l4: port.l4, low: number, high: number }] }
+    Part { blocks, hosts: Vec::new(), ports: vec![Ports { l4: port.l4, low: number, high: number }] }
 }
 
 fn endpoint_port(endpoint: &Endpoint, port: &ServicePort) -> u16 {
@@ -323,7 +341,11 @@ fn rules<'a>(
             at: rule.at.clone(),
         },
         action,
-        parts: vec![Part { blocks: blocks(rule.to.as_deref(), names), ports: ports(rule.ports.as_deref()) }],
+        parts: vec![Part {
+            blocks: blocks(rule.to.as_deref(), names),
+            hosts: hosts(rule.to.as_deref()),
+            ports: ports(rule.ports.as_deref()),
+        }],
     })
 }
 
@@ -335,6 +357,14 @@ fn blocks(to: Option<&[Peer]>, names: &Names) -> Vec<Block> {
         Peer::Host(pattern) => names.addresses(pattern).map(Block::from).collect(),
     };
     peers.iter().flat_map(of_peer).collect()
+}
+
+fn hosts(to: Option<&[Peer]>) -> Vec<HostPattern> {
+    let pattern = |peer: &Peer| match peer {
+        Peer::Host(pattern) => Some(pattern.clone()),
+        Peer::Cidr { .. } => None,
+    };
+    to.into_iter().flatten().filter_map(pattern).collect()
 }
 
 fn every_address() -> Vec<Block> {
@@ -366,7 +396,7 @@ fn loopback() -> Statement {
         IpAddr::V6(Ipv6Addr::LOCALHOST).into(),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED).into(),
     ];
-    builtin("loopback", Part { blocks, ports: ports(None) })
+    builtin("loopback", blocks, ports(None))
 }
 
 /// `dns: { servers: System }`. Where a pod's own `resolv.conf` points is for the pod to say, and so never asked.
@@ -380,16 +410,17 @@ fn internal(workload: &Workload, context: &Context) -> Option<Statement> {
     let networks = &context.pods.internal;
     (workload.pod.is_some() && !networks.is_empty()).then(|| {
         let blocks = networks.iter().map(|&network| network.into()).collect();
-        builtin("internal", Part { blocks, ports: ports(None) })
+        builtin("internal", blocks, ports(None))
     })
 }
 
 /// `dns.servers`: port 53 of UDP and TCP.
 fn dns(servers: &[IpAddr]) -> Statement {
     let blocks = servers.iter().map(|&address| address.into()).collect();
-    builtin("dns", Part { blocks, ports: ports(Some(&[PortRange { l4: None, low: 53, high: 53 }])) })
+    builtin("dns", blocks, ports(Some(&[PortRange { l4: None, low: 53, high: 53 }])))
 }
 
-fn builtin(name: &'static str, part: Part) -> Statement {
-    Statement { name: RuleName::Builtin(name), action: Action::Allow, parts: vec![part] }
+fn builtin(name: &'static str, blocks: Vec<Block>, ports: Vec<Ports>) -> Statement {
+    let parts = vec![Part { blocks, hosts: Vec::new(), ports }];
+    Statement { name: RuleName::Builtin(name), action: Action::Allow, parts }
 }

@@ -8,16 +8,21 @@
 //! 3. Each distinct set cuts the port axis once; equal results are interned again.
 //! 4. Equal halves are joined, and a prefix that says what the prefix around it says is dropped.
 //!
-//! IPv4, `::ffff:0:0/96`, is a root of its own: nothing is inherited into it.
+//! IPv4, `::ffff:0:0/96`, is a root of its own: nothing is inherited into it. Names are flattened alike: written backwards, a
+//! pattern is a prefix of what it covers.
 
 use std::{
     collections::{HashMap, HashSet},
     rc::Rc,
 };
 
-use egress_common::{Action, Entries, Entry, Protocol, RuleId, Segment, SegmentList};
+use egress_common::{Action, Entries, Entry, NameKey, Protocol, RuleId, Segment, SegmentList};
 
-use crate::{prefix::Prefix, ruleset::Table};
+use crate::{
+    policy::HostPattern,
+    prefix::Prefix,
+    ruleset::{NamedValue, Table},
+};
 
 use super::{
     CompileError, Ports, Statement,
@@ -31,10 +36,11 @@ const MAX_OVERLAPS: usize = 32 << 20;
 
 /// Flattens statements, which are in the order in which they are heard, first to last. `ids` names them.
 pub fn flatten(statements: &[Statement], ids: &[RuleId], default: Action) -> Result<Table, CompileError> {
-    let (items, changes) = itemize(statements);
+    let Itemized { items, changes, named } = itemize(statements);
     let mut values = Values::new(statements, ids, default);
     let contents = compact(sweep(changes, &items, &mut values)?);
-    Ok(Table::new(contents, values.entries, values.segments, default))
+    let names = sweep_names(named, &items, &mut values)?;
+    Ok(Table::new(contents, names, values.entries, values.segments, default))
 }
 
 /// Addresses that share a statement and its ports.
@@ -51,9 +57,17 @@ enum Change {
     Off(u32),
 }
 
-/// Blocks without exceptions are one item; a block with exceptions is one of its own, since they narrow it alone.
-fn itemize(statements: &[Statement]) -> (Vec<Item<'_>>, Vec<(Prefix, Change)>) {
-    let mut items: Vec<Item<'_>> = Vec::new();
+/// What statements say, item by item.
+struct Itemized<'a> {
+    items: Vec<Item<'a>>,
+    changes: Vec<(Prefix, Change)>,
+    /// Items that are on for a name, or for all that a pattern covers.
+    named: Vec<(NameKey, u32)>,
+}
+
+/// Blocks without exceptions are one item, with the names; a block with exceptions is one of its own, since they narrow it alone.
+fn itemize(statements: &[Statement]) -> Itemized<'_> {
+    let (mut items, mut named): (Vec<Item<'_>>, Vec<(NameKey, u32)>) = Default::default();
     let mut changes = vec![(Prefix::V6_ROOT, Change::Root), (Prefix::V4_ROOT, Change::Root)];
     for (rank, statement) in (0..).zip(statements) {
         for part in &statement.parts {
@@ -67,9 +81,39 @@ fn itemize(statements: &[Statement]) -> (Vec<Item<'_>>, Vec<(Prefix, Change)>) {
                 changes.push((block.cidr.into(), Change::On(item)));
                 changes.extend(block.except.iter().map(|&net| (net.into(), Change::Off(item))));
             }
+            for key in part.hosts.iter().filter_map(HostPattern::key) {
+                named.push((key, *plain.get_or_insert_with(&mut add)));
+            }
         }
     }
-    (items, changes)
+    Itemized { items, changes, named }
+}
+
+/// The value of each name and pattern, sorted; one that says what the pattern around it says is left out.
+fn sweep_names(
+    mut named: Vec<(NameKey, u32)>,
+    items: &[Item<'_>],
+    values: &mut Values<'_>,
+) -> Result<Vec<NamedValue>, CompileError> {
+    named.sort_unstable_by(|a, b| (a.0.as_bytes_of_name(), a.1).cmp(&(b.0.as_bytes_of_name(), b.1)));
+    named.dedup();
+    let mut sets = Sets::new();
+    let mut open: Vec<(&NameKey, u32, u32)> = Vec::new();
+    let mut contents = Vec::new();
+    for group in named.chunk_by(|a, b| a.0 == b.0) {
+        let key = &group[0].0;
+        let covers = |above: &NameKey| key.as_bytes_of_name().starts_with(above.as_bytes_of_name());
+        while open.pop_if(|(above, ..)| !covers(above)).is_some() {}
+        let (inherited, around) = open.last().map_or((Sets::EMPTY, None), |&(_, set, value)| (set, Some(value)));
+        let changes_here: Vec<Change> = group.iter().map(|&(_, item)| Change::On(item)).collect();
+        let set = sets.change(inherited, &changes_here)?;
+        let value = sets.value(set, |set| values.of(set.iter().map(|&item| &items[item as usize])))?;
+        open.push((key, set, value));
+        if around != Some(value) {
+            contents.push((key.as_bytes_of_name().into(), value));
+        }
+    }
+    Ok(contents)
 }
 
 /// The value of each prefix at which something changes.
@@ -292,11 +336,14 @@ fn join_siblings(contents: Vec<(Prefix, u32)>) -> Vec<(Prefix, u32)> {
 
 #[cfg(test)]
 mod tests {
+    use egress_common::{Flow, NameEnd, Verdict};
+    use proptest::{prelude::*, sample::select};
+
     use super::*;
     use crate::{
         compile::{Block, Part},
         policy::{L4, RuleName},
-        ruleset::rule_id,
+        ruleset::{Ruleset, rule_id},
     };
 
     /// What the trie of one allow for `prefixes`, on TCP port 80, holds.
@@ -305,7 +352,7 @@ mod tests {
         let block =
             |(cidr, except): &(&str, &[&str])| Block { cidr: net(cidr), except: except.iter().map(net).collect() };
         let ports = vec![Ports { l4: L4::Tcp, low: 80, high: 80 }];
-        let parts = vec![Part { blocks: prefixes.iter().map(block).collect(), ports }];
+        let parts = vec![Part { blocks: prefixes.iter().map(block).collect(), hosts: Vec::new(), ports }];
         let statement = Statement { name: RuleName::Builtin("x"), action: Action::Allow, parts };
         let table = flatten(&[statement], &[rule_id(0)], Action::Deny).unwrap();
         table.entries().map(|(prefix, value)| format!("{prefix} {value}")).collect()
@@ -339,6 +386,42 @@ mod tests {
         assert_eq!(filled, ["::/0 0", "0.0.0.0/0 0", "10.0.0.0/8 1", "10.1.0.0/16 0", "10.1.2.0/24 1"]);
     }
 
+    fn host() -> impl Strategy<Value = HostPattern> {
+        let name = prop::collection::vec(select(vec!["a", "b", "ab", "x-a"]), 1..4).prop_map(|labels| labels.join("."));
+        (name, 0..3).prop_map(|(name, kind)| match kind {
+            0 => HostPattern::Exact(name),
+            1 => HostPattern::Below(name),
+            _ => HostPattern::Ending(name),
+        })
+    }
+
+    proptest! {
+        /// A name may do what any pattern says that covers it, whoever else names it more closely.
+        #[test]
+        fn a_name_may_do_what_any_pattern_that_covers_it_may(
+            rules in prop::collection::vec((prop::collection::vec(host(), 0..3), 1..4_u16), 0..6),
+            asked in prop::collection::vec(select(vec!["a", "b", "ab", "x-a", "c"]), 1..5),
+            port in 1..4_u16,
+        ) {
+            let asked = asked.join(".");
+            let statement = |(hosts, port): &(Vec<HostPattern>, u16)| {
+                let ports = vec![Ports { l4: L4::Tcp, low: *port, high: *port }];
+                let parts = vec![Part { blocks: Vec::new(), hosts: hosts.clone(), ports }];
+                Statement { name: RuleName::Builtin("x"), action: Action::Allow, parts }
+            };
+            let statements: Vec<Statement> = rules.iter().map(statement).collect();
+            let ids: Vec<RuleId> = (0..statements.len()).map(rule_id).collect();
+            let enforcing = flatten(&statements, &ids, Action::Deny).unwrap();
+            let ruleset = Ruleset { rules: vec![RuleName::Builtin("x"); statements.len()], enforcing, with_audit: None };
+            let address = "192.0.2.1".parse::<std::net::IpAddr>().unwrap().into();
+            let flow = Flow { place: Ruleset::PLACE, protocol: Protocol::TCP, address, port };
+            let decision = ruleset.decide_named(&flow, NameKey::of(&asked, NameEnd::Exact).as_ref());
+            let first = rules.iter().position(|(hosts, allowed)| *allowed == port && hosts.iter().any(|host| host.covers(&asked)));
+            prop_assert_eq!(decision.rule, first.map(rule_id));
+            prop_assert_eq!(ruleset.decide(&flow).verdict, Verdict::Deny);
+        }
+    }
+
     /// `count` rules, each with a port of its own, on one prefix, and as many addresses below it: every address has a set
     /// of its own, with all of the others' ports.
     #[test]
@@ -349,6 +432,7 @@ mod tests {
                 ["10.0.0.0/8".parse().unwrap(), format!("10.{}.{}.1/32", index >> 8, index & 255).parse().unwrap()];
             let at = |block: ipnet::IpNet, port| Part {
                 blocks: vec![block.into()],
+                hosts: Vec::new(),
                 ports: vec![Ports { l4: L4::Tcp, low: port, high: port }],
             };
             let parts = vec![at(blocks[0], port), at(blocks[1], port + 20_000)];

@@ -8,11 +8,11 @@ use std::{
 };
 
 use aya::maps::{Array, LpmTrie, Map, MapData, MapError};
-use egress_common::{Entries, Entry, PrefixKey, RuleId, Segment, View, map};
+use egress_common::{Action, Address, Entries, Entry, NameId, PrefixKey, RuleId, Segment, View, map};
 use rustix::io::Errno;
-use zerocopy::transmute;
+use zerocopy::{Immutable, IntoBytes, transmute};
 
-use super::{DataplaneError, failed, sys};
+use super::{DataplaneError, failed, names::NameIds, sys};
 use crate::{
     prefix::Prefix,
     ruleset::{Table, in_slot},
@@ -35,10 +35,11 @@ pub(super) struct Filled {
     pub(super) segments: Option<Segments>,
 }
 
-/// Fills the maps of a view, whose index is also that of its segments; `ids` are the kernel's for the table's rules.
-pub(super) fn fill(view: View, table: &Table, ids: &[RuleId]) -> Result<Filled, DataplaneError> {
+/// Fills the maps of a view, whose index is also that of its segments; `ids` are the kernel's for the table's rules, and `names`
+/// those for all names.
+pub(super) fn fill(view: View, table: &Table, ids: &[RuleId], names: &NameIds) -> Result<Filled, DataplaneError> {
     let segments = if table.segments().is_empty() { None } else { Some(fill_segments(table, ids)?) };
-    Ok(Filled { view, trie: fill_trie(view, table, ids)?, segments })
+    Ok(Filled { view, trie: fill_trie(view, table, ids, &names.values(table))?, segments })
 }
 
 fn fill_segments(table: &Table, ids: &[RuleId]) -> Result<Segments, DataplaneError> {
@@ -54,14 +55,27 @@ fn fill_segments(table: &Table, ids: &[RuleId]) -> Result<Segments, DataplaneErr
 /// How many prefixes go to the kernel in one call.
 const BATCH: usize = 4096;
 
+/// The addresses of names. Nothing is inherited into it, as every destination there is refused.
+const OF_NAMES: u8 = 64;
+const OF_NAMES_ROOT: Address = Address::from_bits(0x0100 << 112);
+
 /// Fills a trie of the right size, in the order of the table, which is the fastest.
-fn fill_trie(view: View, table: &Table, ids: &[RuleId]) -> Result<Trie, DataplaneError> {
-    let size = u32::try_from(table.entries().len()).unwrap_or(u32::MAX);
+fn fill_trie(view: View, table: &Table, ids: &[RuleId], names: &[(NameId, u32)]) -> Result<Trie, DataplaneError> {
+    let is_of_names =
+        |prefix: Prefix| prefix.length() >= OF_NAMES && Address::from_bits(prefix.bits()).is_discard_only();
+    let entries: Vec<(Prefix, u32)> = table.entries().filter(|&(prefix, _)| !is_of_names(prefix)).collect();
+    let size = u32::try_from(entries.len() + 1 + names.len()).unwrap_or(u32::MAX);
     let slot = u16::try_from(view.index()).expect("there are fewer than 65,536 views: see MAX_SCOPES");
     let element = |what| move |cause| DataplaneError::Element { name: map::POLICY, what, cause };
     let trie = sys::create_trie::<PrefixKey, Entry>(size).map_err(element("create"))?;
     let values: Vec<Entry> = table.values().iter().map(|&value| in_slot(named_entry(value, ids), slot)).collect();
-    let entries: Vec<(Prefix, u32)> = table.entries().collect();
+    let (root, nothing) = (PrefixKey::new(OF_NAMES_ROOT, OF_NAMES), Entry::new(Entries::None, Action::Deny));
+    insert(trie.as_fd(), &[root], &[nothing]).map_err(element("fill"))?;
+    for batch in names.chunks(BATCH) {
+        let keys: Vec<PrefixKey> = batch.iter().map(|(name, _)| PrefixKey::host(name.address())).collect();
+        let values: Vec<Entry> = batch.iter().map(|&(_, value)| values[value as usize]).collect();
+        insert(trie.as_fd(), &keys, &values).map_err(element("fill"))?;
+    }
     for batch in entries.chunks(BATCH) {
         let keys: Vec<PrefixKey> = batch.iter().map(|(prefix, _)| prefix.key()).collect();
         let values: Vec<Entry> = batch.iter().map(|&(_, value)| values[value as usize]).collect();
@@ -72,7 +86,11 @@ fn fill_trie(view: View, table: &Table, ids: &[RuleId]) -> Result<Trie, Dataplan
 }
 
 /// Inserts elements in one call; one by one where the kernel's tries do not take many at a time (before 5.19).
-fn insert(trie: BorrowedFd<'_>, keys: &[PrefixKey], values: &[Entry]) -> io::Result<()> {
+pub(super) fn insert<K: IntoBytes + Immutable, V: IntoBytes + Immutable>(
+    trie: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> io::Result<()> {
     /// Of `linux/errno.h`, which no libc knows.
     const ENOTSUPP: i32 = 524;
     let mut taken = 0;

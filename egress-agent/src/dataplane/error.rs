@@ -84,6 +84,9 @@ pub enum DataplaneError {
     /// Threads and processes are limited, too.
     #[error("cannot start a thread to fill maps")]
     NoThread(#[source] io::Error),
+    /// The kernel does not tell network namespaces apart.
+    #[error("cannot tell which network namespace this is")]
+    NoCookie(#[source] io::Error),
     /// More scopes than the maps have room for.
     #[error("the policies make {found} distinct sets of rules, and there is room for {limit}: merge their selectors")]
     TooManyScopes {

@@ -3,14 +3,14 @@
 use std::{
     fs, io,
     os::fd::{AsFd, AsRawFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
-use egress_common::{ABI_VERSION, Counter, Event, Hook, Meta, Settings, map};
+use egress_common::{ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, ResolverKey, Settings, map};
 use zerocopy::{FromBytes, transmute};
 
-use super::{DataplaneError, failed, sys};
+use super::{DataplaneError, failed, open, sys};
 use crate::pins::{self, PinError};
 
 /// Who filled the maps of a set, and with what. An error if they are of another version.
@@ -22,14 +22,17 @@ pub fn meta(set: &Path) -> Result<Meta, DataplaneError> {
     if meta.abi() == ABI_VERSION { Ok(meta) } else { Err(DataplaneError::OtherVersion { found: meta.abi() }) }
 }
 
-fn open(set: &Path, name: &'static str) -> Result<MapData, DataplaneError> {
-    MapData::from_pin(set.join(name)).map_err(|cause| failed(name, "open", cause))
-}
-
 /// Every counter of a set with its value.
 pub fn counters(set: &Path) -> Result<Vec<(Counter, u64)>, DataplaneError> {
     let stats = open_stats(set)?;
     Counter::all().map(|counter| Ok((counter, read_counter(&stats, counter)?))).collect()
+}
+
+/// The workloads of a set that learnt names, each with how many addresses.
+pub fn learners(set: &Path) -> Result<Vec<(u64, u32)>, DataplaneError> {
+    let read = |cause| failed(map::QUOTAS, "read", cause);
+    let quotas = HashMap::<_, u64, u32>::try_from(Map::HashMap(open(set, map::QUOTAS)?)).map_err(read)?;
+    Ok(quotas.iter().flatten().filter(|(_, count)| *count > 0).collect())
 }
 
 /// How many events of a set found no room.
@@ -83,6 +86,13 @@ fn map_use(set: &Path, name: &'static str, views: &[u32]) -> Result<MapUse, Data
                 entries = placements.keys().count() as u64;
             }
         }
+        map::NAME_IDS => {
+            for inner in inner_maps(data, &[0]) {
+                bytes += memory(&inner);
+                capacity = inner.info().map_or(0, |info| info.max_entries().into());
+                entries = capacity;
+            }
+        }
         map::POLICY | map::SEGMENTS => {
             for inner in inner_maps(data, views) {
                 entries += 1;
@@ -94,9 +104,25 @@ fn map_use(set: &Path, name: &'static str, views: &[u32]) -> Result<MapUse, Data
                 .map_err(|cause| failed(name, "read", cause))?;
             entries = users.keys().count() as u64;
         }
+        map::HOSTS => entries = count_lru::<{ size_of::<FactKey>() }, { size_of::<NameKey>() }>(name, data)?,
+        map::NAMES => entries = count::<{ size_of::<FactKey>() }, { size_of::<Claims>() }>(name, data)?,
+        map::QUOTAS | map::NETNS => entries = count::<8, 4>(name, data)?,
+        map::RESOLVERS => entries = count::<{ size_of::<ResolverKey>() }, 4>(name, data)?,
         _ => entries = capacity,
     }
     Ok(MapUse { name, entries, capacity, bytes })
+}
+
+fn count<const KEY: usize, const VALUE: usize>(name: &'static str, data: MapData) -> Result<u64, DataplaneError> {
+    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(Map::HashMap(data))
+        .map_err(|cause| failed(name, "read", cause))?;
+    Ok(map.keys().count() as u64)
+}
+
+fn count_lru<const KEY: usize, const VALUE: usize>(name: &'static str, data: MapData) -> Result<u64, DataplaneError> {
+    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(Map::LruHashMap(data))
+        .map_err(|cause| failed(name, "read", cause))?;
+    Ok(map.keys().count() as u64)
 }
 
 /// The views that are there: elements of `POLICY` and `SEGMENTS` that can be in use.
@@ -130,28 +156,39 @@ fn memory(map: &MapData) -> u64 {
 
 /// The hooks of a set, with the id of the cgroup that each is attached to; of those whose cgroup is gone, nothing.
 pub fn attached(set: &Path) -> Vec<(Hook, u64)> {
-    let cgroup =
-        |hook: &Hook| sys::open_pin(&set.join(hook.as_str())).and_then(|link| sys::link_cgroup(link.as_fd())).ok();
-    Hook::ALL.iter().filter_map(|hook| Some((*hook, cgroup(hook).filter(|&id| id != 0)?))).collect()
+    let cgroup = |path: &Path| sys::open_pin(path).and_then(|link| sys::link_cgroup(link.as_fd())).ok();
+    links(set).into_iter().filter_map(|(hook, path)| Some((hook, cgroup(&path).filter(|&id| id != 0)?))).collect()
 }
 
-/// Takes the programs of a set off their cgroup; the maps stay.
+/// The name of the pin of the link by which is listened to a cgroup.
+pub(super) fn listener(id: u64) -> String {
+    format!("{}-{id}", Hook::Ingress.as_str())
+}
+
+/// The pinned links of a set, in the order of the hooks.
+fn links(set: &Path) -> Vec<(Hook, PathBuf)> {
+    let single = Hook::ALL.iter().map(|&hook| (hook, set.join(hook.as_str()))).filter(|(_, path)| path.exists());
+    let prefix = listener(0).trim_end_matches('0').to_owned();
+    let is_listener = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix));
+    let entries = fs::read_dir(set).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut listeners: Vec<PathBuf> = entries.filter(is_listener).collect();
+    listeners.sort();
+    single.chain(listeners.into_iter().map(|path| (Hook::Ingress, path))).collect()
+}
+
+/// Takes the programs of a set off their cgroups; the maps stay.
 pub fn detach(set: &Path) -> Result<(), PinError> {
-    for hook in Hook::ALL {
-        let path = set.join(hook.as_str());
-        if !path.exists() {
-            continue;
-        }
-        let link = sys::open_pin(&path).map_err(pins::failed("open", &path))?;
-        // Kernels before 5.11 know no detaching; there, the last one to let go of the link ends it.
-        match sys::detach(link.as_fd()) {
-            Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
-                return Err(pins::failed("detach", &path)(error));
-            }
-            _ => fs::remove_file(&path).map_err(pins::failed("remove", &path))?,
-        }
+    links(set).iter().try_for_each(|(_, path)| detach_link(path))
+}
+
+/// Takes a program off its cgroup, and removes its pin.
+pub(super) fn detach_link(path: &Path) -> Result<(), PinError> {
+    let link = sys::open_pin(path).map_err(pins::failed("open", path))?;
+    // Kernels before 5.11 know no detaching; there, the last one to let go of the link ends it.
+    match sys::detach(link.as_fd()) {
+        Err(error) if error.kind() != io::ErrorKind::InvalidInput => Err(pins::failed("detach", path)(error)),
+        _ => fs::remove_file(path).map_err(pins::failed("remove", path)),
     }
-    Ok(())
 }
 
 /// The events of a set that nobody has read, without their rules: only the agent that filled the set knew their numbers.

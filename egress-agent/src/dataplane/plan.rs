@@ -5,18 +5,25 @@
 //!    Cgroups that are placed for the first time are inserted one by one, if there is room.
 //! 3. What nothing points to any more is removed, after the grace period that the exchange waits for.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Bound,
+};
 
 use egress_common::{ELSEWHERE, MAX_LEVEL, MAX_SCOPES, Placement, Scope, Seat, UserKey};
 
-use super::DataplaneError;
+use super::{
+    DataplaneError,
+    names::{Pattern, patterns},
+};
 use crate::scopes::{self, Layout};
 
-/// What tells scopes apart: their rules, and those of their users.
+/// What tells scopes apart: their rules, and those of their users; and the names that others name and their patterns cover.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Identity {
     rules: ([u8; 32], u64),
     users: BTreeMap<u32, ([u8; 32], u64)>,
+    covered: BTreeSet<Pattern>,
 }
 
 /// What the kernel holds.
@@ -86,7 +93,8 @@ pub(super) struct Plan {
 
 /// Plans a change.
 pub(super) fn plan(live: &Live, layout: &Layout, change: Change) -> Result<Plan, DataplaneError> {
-    let numbers = assign(live, layout)?;
+    let identities = identities(layout);
+    let numbers = assign(live, &identities)?;
     let mut next = Live { deepest: deepest(layout), room: live.room, ..Live::default() };
     let mut steps = Vec::new();
     let mut users = BTreeMap::new();
@@ -98,7 +106,7 @@ pub(super) fn plan(live: &Live, layout: &Layout, change: Change) -> Result<Plan,
             steps.push(Step::Fill { scope: number, index });
             users.extend(of_users.iter().map(|(&uid, &scope)| (UserKey::new(number, uid), scope)));
         }
-        next.scopes.insert(number, (identity(layout, index), of_users));
+        next.scopes.insert(number, (identities[index].clone(), of_users));
     }
     steps.extend((!users.is_empty()).then_some(Step::AddUsers(users)));
     steps.extend((next.deepest > live.deepest).then_some(Step::SetDeepest(next.deepest)));
@@ -126,30 +134,50 @@ pub(super) fn plan(live: &Live, layout: &Layout, change: Change) -> Result<Plan,
 }
 
 /// The number of each scope of the layout: that of an equal one in the kernel, or one that is free.
-fn assign(live: &Live, layout: &Layout) -> Result<Vec<Scope>, DataplaneError> {
+fn assign(live: &Live, identities: &[Identity]) -> Result<Vec<Scope>, DataplaneError> {
     let mut numbers: HashMap<Identity, Scope> =
         live.scopes.iter().map(|(&scope, (identity, _))| (identity.clone(), scope)).collect();
     let mut free = (0..MAX_SCOPES).map(Scope::new).filter(|scope| !live.scopes.contains_key(scope));
-    let mut given = Vec::with_capacity(layout.scopes.len());
-    for index in 0..layout.scopes.len() {
-        let identity = identity(layout, index);
-        let number = match numbers.get(&identity) {
+    let mut given = Vec::with_capacity(identities.len());
+    for identity in identities {
+        let number = match numbers.get(identity) {
             Some(&number) => number,
             None => free.next().ok_or(DataplaneError::TooManyScopes {
-                found: live.scopes.len() + layout.scopes.len(),
+                found: live.scopes.len() + identities.len(),
                 limit: MAX_SCOPES as usize,
             })?,
         };
-        numbers.insert(identity, number);
+        numbers.insert(identity.clone(), number);
         given.push(number);
     }
     Ok(given)
 }
 
-fn identity(layout: &Layout, index: usize) -> Identity {
-    let rules = |index: usize| (layout.scopes[index].hash, layout.scopes[index].written);
-    let users = layout.scopes[index].users.iter().map(|(&uid, &index)| (uid, rules(index))).collect();
-    Identity { rules: rules(index), users }
+fn identities(layout: &Layout) -> Vec<Identity> {
+    let all = patterns(layout);
+    let rules = |scope: &scopes::Scope| (scope.hash, scope.written);
+    let users =
+        |scope: &scopes::Scope| scope.users.iter().map(|(&uid, &index)| (uid, rules(&layout.scopes[index]))).collect();
+    let identity =
+        |scope: &scopes::Scope| Identity { rules: rules(scope), users: users(scope), covered: covered(scope, &all) };
+    layout.scopes.iter().map(identity).collect()
+}
+
+/// The names that the patterns of a scope cover and that are none of its own.
+fn covered(scope: &scopes::Scope, all: &BTreeSet<Pattern>) -> BTreeSet<Pattern> {
+    let own = || scope.ruleset.views(Scope::new(0)).flat_map(|(_, table)| table.names()).map(|(name, _)| name);
+    // An exact name ends with a zero byte, and covers nothing else.
+    let wildcards = own().filter(|name| name.last() != Some(&0));
+    let below = |wildcard: &[u8]| {
+        let wildcard = wildcard.to_vec();
+        let from = (Bound::Excluded(&*wildcard), Bound::Unbounded);
+        all.range::<[u8], _>(from).take_while(|name| name.starts_with(&wildcard)).cloned().collect::<Vec<_>>()
+    };
+    let mut covered: BTreeSet<Pattern> = wildcards.flat_map(below).collect();
+    for name in own() {
+        covered.remove(name);
+    }
+    covered
 }
 
 fn placements(layout: &Layout, numbers: &[Scope]) -> BTreeMap<u64, Placement> {

@@ -2,17 +2,23 @@
 
 use std::{
     io,
+    net::UdpSocket,
     os::fd::{AsFd as _, OwnedFd},
 };
 
 use aya::{
     Btf, Ebpf,
+    maps::Array,
     programs::{Program, ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
 use egress_common::Hook;
+use rustix::{
+    process::{Pid, getpid},
+    thread::gettid,
+};
 
-use super::{DataplaneError, error::is_eperm, lsm, sys};
+use super::{DataplaneError, error::is_eperm, failed, lsm, sys};
 use crate::cgroup::Cgroup;
 
 /// Whether packets are looked at, too.
@@ -92,7 +98,7 @@ enum Without {
 
 const fn without(hook: Hook) -> Without {
     match hook {
-        Hook::Setsockopt | Hook::Egress => Without::Degraded,
+        Hook::Setsockopt | Hook::Egress | Hook::Bind4 | Hook::Bind6 | Hook::Ingress => Without::Degraded,
         Hook::SocketCreate => Without::Expected,
         Hook::Connect4
         | Hook::Connect6
@@ -134,11 +140,38 @@ pub(super) fn attach(ebpf: &mut Ebpf, hook: Hook, cgroup: &Cgroup) -> Result<Own
         .map_err(|cause| not_attached(hook, cgroup, cause))
 }
 
+/// The cookie of the calling thread's network namespace, from a program that is attached to its cgroup meanwhile.
+pub(super) fn ask_cookie(ebpf: &mut Ebpf, own: &Cgroup) -> Result<u64, DataplaneError> {
+    const PROGRAM: &str = "tell_cookie";
+    const MAP: &str = "COOKIE";
+    let missing = |what| move || DataplaneError::Missing { what, name: PROGRAM };
+    let refused = |cause| DataplaneError::Program { hook: PROGRAM, cause };
+    let program = ebpf.program_mut(PROGRAM).ok_or_else(missing("program"))?;
+    load(program, Hook::Connect4).map_err(refused)?;
+    let program = program.fd().map_err(refused)?.as_fd().try_clone_to_owned().map_err(DataplaneError::NoCookie)?;
+    let map = ebpf.map_mut(MAP).ok_or_else(missing("map"))?;
+    let failed = |what| move |cause| failed(MAP, what, cause);
+    let mut answer = Array::<_, u64>::try_from(map).map_err(failed("open"))?;
+    let id = |id: Pid| u64::try_from(id.as_raw_nonzero().get()).unwrap_or(0);
+    answer.set(0, id(getpid()) << 32 | id(gettid()), 0).map_err(failed("write"))?;
+    let link = sys::attach(program.as_fd(), own.directory.as_fd(), attach_type(Hook::Connect4));
+    let _link = link.map_err(|cause| not_attached(Hook::Connect4, own, cause))?;
+    UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.connect("127.0.0.1:53")).map_err(DataplaneError::NoCookie)?;
+    match answer.get(&1, 0).map_err(failed("read"))? {
+        // The ids are those of the initial pid namespace, and this process is not in it.
+        0 => Err(DataplaneError::NoCookie(io::ErrorKind::Unsupported.into())),
+        cookie => Ok(cookie),
+    }
+}
+
 /// `enum bpf_attach_type` of `linux/bpf.h`.
 const fn attach_type(hook: Hook) -> u32 {
     match hook {
+        Hook::Ingress => 0,
         Hook::Egress => 1,
         Hook::SockCreate => 2,
+        Hook::Bind4 => 8,
+        Hook::Bind6 => 9,
         Hook::Connect4 => 10,
         Hook::Connect6 => 11,
         Hook::Sendmsg4 => 14,

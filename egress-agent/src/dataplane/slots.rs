@@ -11,7 +11,7 @@ use egress_common::{Scope, View, map};
 use super::{
     DataplaneError,
     contents::{Filled, Segments, Trie},
-    failed, sys,
+    failed, open, sys,
 };
 use crate::pins::PinSet;
 
@@ -39,7 +39,7 @@ impl Slots {
     /// Opens the maps of a set.
     pub(super) fn open(pins: &PinSet) -> Result<Self, DataplaneError> {
         let writers = (0..WRITERS).map(|_| Writer::open(pins)).collect::<Result<_, _>>()?;
-        let (policy, segments) = (open(pins, map::POLICY)?, open(pins, map::SEGMENTS)?);
+        let (policy, segments) = (open(pins.path(), map::POLICY)?, open(pins.path(), map::SEGMENTS)?);
         Ok(Self { writers, policy, segments, segmented: BTreeSet::new(), filled: BTreeSet::new() })
     }
 
@@ -62,10 +62,6 @@ impl Slots {
             sys::clear_inner(map.fd().as_fd(), view.index()).map_err(failed)
         })
     }
-}
-
-fn open(pins: &PinSet, name: &'static str) -> Result<MapData, DataplaneError> {
-    MapData::from_pin(pins.path().join(name)).map_err(|cause| failed(name, "open", cause))
 }
 
 /// Shares work among writers.
@@ -98,8 +94,8 @@ impl Writer {
     fn open(pins: &PinSet) -> Result<Self, DataplaneError> {
         let as_array = |cause| failed(map::POLICY, "open", cause);
         Ok(Self {
-            policy: Map::ArrayOfMaps(open(pins, map::POLICY)?).try_into().map_err(as_array)?,
-            segments: Map::ArrayOfMaps(open(pins, map::SEGMENTS)?).try_into().map_err(as_array)?,
+            policy: Map::ArrayOfMaps(open(pins.path(), map::POLICY)?).try_into().map_err(as_array)?,
+            segments: Map::ArrayOfMaps(open(pins.path(), map::SEGMENTS)?).try_into().map_err(as_array)?,
         })
     }
 

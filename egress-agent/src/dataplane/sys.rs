@@ -10,12 +10,13 @@ use std::{
     path::Path,
 };
 
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
@@ -139,6 +140,15 @@ pub(super) fn update<K: IntoBytes, V: IntoBytes>(map: BorrowedFd<'_>, key: &K, v
     let (padding, flags) = (0, 0);
     let (key, value) = (&raw const *key as u64, &raw const *value as u64);
     call(BPF_MAP_UPDATE_ELEM, &Element { map_fd: fd(map), padding, key, value, flags }).map(drop)
+}
+
+/// Removes an element of a map whose keys and values have these types, and gives it.
+pub(super) fn take<K: IntoBytes, V: FromBytes + IntoBytes>(map: BorrowedFd<'_>, key: &K) -> io::Result<V> {
+    let mut taken = V::new_zeroed();
+    let (padding, flags) = (0, 0);
+    let (key, value) = (&raw const *key as u64, &raw mut taken as u64);
+    call(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &Element { map_fd: fd(map), padding, key, value, flags })?;
+    Ok(taken)
 }
 
 /// Attaches a program to a cgroup, beside those of others (`BPF_F_ALLOW_MULTI`, as for every link), until the link is closed

@@ -334,7 +334,7 @@ fn line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::{
-        compile::{NodeAction, NodeDefault, PodContext},
+        compile::{NodeAction, NodeDefault},
         policy::load::load_text,
     };
 
@@ -342,7 +342,7 @@ mod tests {
         let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: true };
         let addresses = ["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(|address| address.parse().unwrap());
         let names = Names(BTreeMap::from([("db.example.com".to_owned(), addresses.into())]));
-        Context { node_default, system_resolvers: Vec::new(), names, pods: PodContext::default() }
+        Context { names, ..Context::new(node_default) }
     }
 
     fn entry(addresses: &str) -> String {

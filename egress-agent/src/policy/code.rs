@@ -218,7 +218,7 @@ codes! {
     EntryOpensAny = "W0107", "a ServiceEntry that opens every address";
     /// `subjectAltNames` are checked by a proxy that terminates TLS. A filter at layer 4 sees addresses and ports only.
     SanNotVerified = "W0108", "subjectAltNames that nothing verifies";
-    /// The entry has no port, or nothing but wildcard hosts, for which there is no address.
+    /// The entry has no port.
     OpensNothing = "W0109", "a ServiceEntry that opens nothing";
     /// Two entries describe the same host in different ways. What the host's clients may reach is the union of both.
     EntriesDisagree = "W0110", "two entries disagree about a host";

@@ -11,12 +11,19 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{ask::Answers, never, timing::Timing};
+use egress_common::{Address, Reserved};
+
+use super::{ask::Answers, timing::Timing};
 
 /// More addresses than this are dropped: what a name costs is not up to whoever serves it.
 pub(super) const MOST_ADDRESSES: usize = 512;
 /// How many refused addresses of one name are told of.
 const MOST_TOLD: usize = 16;
+
+/// Why no name opens an address.
+fn reserved(address: IpAddr) -> Option<Reserved> {
+    Address::from(address).reserved()
+}
 
 /// One name.
 #[derive(Debug)]
@@ -160,7 +167,7 @@ impl Entry {
 
     /// The hosts file has it no longer. What only that file may give goes at once: no answer would ever take it back.
     pub(super) fn leave_hosts(&mut self) {
-        self.addresses.retain(|address, _| never::reason(*address).is_none());
+        self.addresses.retain(|&address, _| reserved(address).is_none());
         self.phase = Phase::Waiting;
     }
 
@@ -174,11 +181,11 @@ impl Entry {
     /// The addresses of the answers that may be opened by name.
     fn acceptable(&mut self, answers: &Answers) -> BTreeSet<IpAddr> {
         let all: BTreeSet<IpAddr> = answers.found().flat_map(|found| &found.addresses).copied().collect();
-        let acceptable = |address: &IpAddr| match never::reason(*address) {
+        let acceptable = |address: &IpAddr| match reserved(*address) {
             None => true,
             Some(reason) => {
                 if self.told.len() < MOST_TOLD && self.told.insert(*address) {
-                    tracing::warn!(name = %self.name, %address, reason, "an answer is refused: no name opens this address");
+                    tracing::warn!(name = %self.name, %address, reason = reason.as_str(), "an answer is refused: no name opens this address");
                 }
                 false
             }
@@ -302,7 +309,7 @@ mod tests {
         fn answer(&mut self, answers: &Answers) {
             for address in some_addresses() {
                 let Ok(found) = answers.of(address) else { continue };
-                if found.addresses.contains(&address) && never::reason(address).is_none() {
+                if found.addresses.contains(&address) && reserved(address).is_none() {
                     self.left.insert(address, GRACE);
                     self.fresh.insert(address);
                     continue;

@@ -2,10 +2,11 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use aya_log_ebpf::debug;
-use egress_common::{Address, Decision, Flow, Hook, Reason, decide};
+use egress_common::{Address, Decision, Flow, Hook, Reason, Verdict, decide};
 
 use crate::{
     answer::{PASS, answer},
+    asked,
     context::{address_v4, address_v6, port, protocol},
     events,
     rules::Maps,
@@ -45,6 +46,9 @@ fn judge(ctx: &SockAddrContext, hook: Hook, address: Address) -> Decision {
     let flow = Flow { place: workloads::place_current(), protocol: protocol(ctx), address, port: port(ctx) };
     let decision = decide(&Maps::of(ctx), &flow);
     events::record(hook, &flow, &decision);
+    if let Verdict::Allow | Verdict::WouldDeny = decision.verdict {
+        asked::mark(ctx, &flow);
+    }
     if let Reason::Fault = decision.reason {
         debug!(ctx, "no rules could be read for hook {}: refused", hook.code());
     }

@@ -62,7 +62,8 @@ type Bytes<'b, 'a> = &'b mut Unstructured<'a>;
 fn world(u: Bytes) -> Result<World> {
     let actions = [NodeAction::Deny, NodeAction::Allow, NodeAction::Audit];
     let node_default = NodeDefault { action: *u.choose(&actions)?, loopback: u.arbitrary()?, dns: u.arbitrary()? };
-    let context = Context { node_default, system_resolvers: some(u, 2, address)?, names: names(u)?, pods: pods(u)? };
+    let (system_resolvers, names, pods) = (some(u, 2, address)?, names(u)?, pods(u)?);
+    let context = Context { system_resolvers, names, pods, ..Context::new(node_default) };
     let namespace = |u: Bytes| Ok((*u.choose(&NAMESPACES)?).to_owned());
     let pod = maybe(u, |u| Ok(Pod { namespace: namespace(u)?, ..Pod::default() }))?;
     let workload = Workload { pod, user: Some(UserIdentity { uid: Some(UID), name: None }), ..Workload::default() };

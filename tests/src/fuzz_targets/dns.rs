@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use egress_common::{Bytes, NameKey, Record, Response};
+use egress_common::{Bytes, EndOfName, NameKey, Record, Response, end_of_name};
 use hickory_proto::{
     op::{Message, MessageType, OpCode},
     rr::{DNSClass, RData},
@@ -22,6 +22,12 @@ struct Datagram<'a>(&'a [u8]);
 impl Bytes for Datagram<'_> {
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         self.0.get(offset as usize..)?.first_chunk().copied()
+    }
+}
+
+impl egress_common::Message for Datagram<'_> {
+    fn end_of_name(&self, offset: u32) -> EndOfName {
+        end_of_name(self, offset)
     }
 }
 

@@ -74,9 +74,10 @@ fn reach(entry: &ServiceEntry, findings: &mut Vec<Finding>) {
         let what = "the addresses come from DNS, which is not asked here";
         say(findings, Code::NeedsLookup, &entry.at, "spec.hosts", (what, "list `addresses` to depend on no look-up"));
     } else {
-        let what = "there is no address for a wildcard, so this entry opens nothing";
-        let help = "list `addresses`, or name the hosts one by one";
-        say(findings, Code::OpensNothing, &entry.at, "spec.hosts", (what, help));
+        let what =
+            "the addresses of a wildcard are learnt in the kernel, when a workload asks a resolver of its policy";
+        let help = "list `addresses` to depend on no answer; clients that ask by DNS over HTTPS or TLS teach nothing";
+        say(findings, Code::NeedsLookup, &entry.at, "spec.hosts", (what, help));
     }
 }
 

@@ -1,0 +1,5 @@
+//! See [`egress_tests::asker`].
+
+fn main() -> anyhow::Result<()> {
+    egress_tests::asker::main()
+}
