@@ -64,7 +64,7 @@ const KERNELS: [Kernel; 4] = [
 const ORDINARY: (&str, &[&str]) = ("6.1", &["sockets", "escape"]);
 
 /// Test files that need nothing which is not in the image.
-const TESTS: [&str; 12] = [
+const TESTS: [&str; 13] = [
     "features",
     "kernel",
     "sockets",
@@ -76,6 +76,7 @@ const TESTS: [&str; 12] = [
     "workloads",
     "exec",
     "beside",
+    "learning",
     "systemd",
 ];
 
