@@ -254,9 +254,13 @@ fn what_cannot_be_attached_to_a_cgroup_made_anew_is_tried_again() {
     let line = agent.wait_for("cannot attach again").unwrap();
     assert!(line.contains("ERROR") && line.contains("connect6"), "{line}");
     world.cgroup.take_process(world.dialer.pid()).unwrap();
-    assert_eq!(is_refused(&mut world), [false; 4]);
-    let (code, status) = world.place.status().unwrap();
-    assert!(code == Some(3) && status["degraded"].to_string().contains("not attached"), "{status:#}");
+    // It is tried again each second, and undone each time.
+    eventually("nothing to be attached", || (is_refused(&mut world) == [false; 4]).then_some(())).unwrap();
+    eventually("a status between two attempts", || {
+        let (code, status) = world.place.status().unwrap();
+        (code == Some(3) && status["degraded"].to_string().contains("not attached")).then_some(())
+    })
+    .unwrap();
     drop(alone);
     agent.wait_for("attached again").unwrap();
     assert_eq!(is_refused(&mut world), [true; 4]);
