@@ -18,6 +18,7 @@ use egress_tests::{
     eventually,
     netns::Netns,
 };
+use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -216,9 +217,12 @@ fn a_denial_tells_what_was_asked_for() {
 #[test]
 fn the_c_library_that_sorts_addresses_is_told_from_who_means_it() {
     let mut world = World::new();
+    // What is reported at a time is gathered: here, all of it.
+    world.agent.signal(Signal::STOP).unwrap();
     assert_eq!(world.python(DNSMASQ, "two.example.com"), "2 [111]");
     // Another refusal ends what is gathered.
     assert!(!world.is_open("203.0.113.9"));
+    world.agent.signal(Signal::CONT).unwrap();
     let first = world.agent.denial().unwrap();
     assert_eq!(
         (&first["note"], &first["count"], &first["protocol"]),
