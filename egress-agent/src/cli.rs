@@ -228,7 +228,6 @@ impl NetworkArgs {
     }
 }
 
-/// A prefix or an address; host bits are masked.
 /// A path has a slash, a unit has none.
 fn workload(text: &str) -> Result<Selector, String> {
     let is_unit = !text.contains('/') && text.contains('.');
@@ -242,6 +241,7 @@ fn workload(text: &str) -> Result<Selector, String> {
     }
 }
 
+/// A prefix or an address; host bits are masked.
 fn network(text: &str) -> Result<IpNet, String> {
     let read = address::network(text).map_err(|bad| format!("{}: {}", bad.message, bad.help))?;
     Ok(read.net)

@@ -227,9 +227,9 @@ impl Dataplane {
     pub fn apply(&mut self, layout: &Layout, change: Change) -> Result<Applied, DataplaneError> {
         self.clean();
         let size = self.fits(layout)?;
-        let plan = plan(&self.live, layout, change)?;
-        let is_changed = plan.live != self.live;
         let patterns = names::patterns(layout);
+        let plan = plan(&self.live, layout, &patterns, change)?;
+        let is_changed = plan.live != self.live;
         self.names.assign(&patterns);
         let names = self.names.trie(&patterns)?;
         let mut last = None;

@@ -153,7 +153,7 @@ impl Source {
     /// What rules depend on besides the documents.
     pub(crate) fn context(&self, policy: &Policy, names: Names) -> Context {
         let (node_default, system_resolvers) = (self.options.node_default, policy.system_resolvers.clone());
-        let SourceOptions { pods, shared_resolvers, .. } = self.options.clone();
+        let (pods, shared_resolvers) = (self.options.pods.clone(), self.options.shared_resolvers.clone());
         Context { node_default, system_resolvers, names, pods, shared_resolvers }
     }
 

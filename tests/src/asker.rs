@@ -16,7 +16,12 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use socket2::{Domain, Socket, Type};
 
-use crate::{cgroup::Cgroup, netns::Netns, program};
+use crate::{
+    cgroup::Cgroup,
+    dial::{Call, Method},
+    netns::{self, Netns},
+    program,
+};
 
 /// How a question is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,18 +217,11 @@ fn id(text: &str) -> Result<rustix::process::Uid> {
 }
 
 fn ip(arguments: &str) -> Result<()> {
-    let output = Command::new("ip").args(arguments.split(' ')).output()?;
-    ensure!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
+    netns::ip(&arguments.split(' ').collect::<Vec<_>>())
 }
 
 fn dial(to: SocketAddr) -> i32 {
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None);
-    let dialled = socket.and_then(|socket| {
-        socket.set_write_timeout(Some(PATIENCE))?;
-        socket.connect(&to.into())
-    });
-    dialled.err().and_then(|error| error.raw_os_error()).unwrap_or(0)
+    Call { method: Method::TcpConnect, mapped: false, to }.make()
 }
 
 /// What is done over and over with a server, to see how long it takes: nanoseconds for one.

@@ -101,7 +101,7 @@ pub fn connect(a: (&Netns, &str, &str), b: (&Netns, &str, &str)) -> Result<()> {
     Ok(())
 }
 
-fn ip(args: &[&str]) -> Result<()> {
+pub(crate) fn ip(args: &[&str]) -> Result<()> {
     let output = Command::new("ip").args(args).output().context("cannot run `ip`: install iproute2")?;
     if !output.status.success() {
         bail!("ip {} failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    mem::ManuallyDrop,
     net::{IpAddr, SocketAddr, UdpSocket},
 };
 
@@ -214,19 +215,28 @@ fn what_was_learnt_is_judged_by_the_policy_in_force() {
     assert!(world.is_open("198.18.0.1", 443));
 }
 
+/// One policy for each of two cgroups below that of a world, by name, and what else it says.
+fn write_for_two(world: &World, rules: [(&str, &str); 2]) {
+    let top = world.cgroup.name();
+    let document = |(name, rest): (&str, &str)| {
+        let select = format!("  workloads: [ {{ cgroup: '{}/{name}' }} ]\n", top.trim_start_matches('/'));
+        policy(&(select + rest)).replace("name: p", &format!("name: {name}"))
+    };
+    fs::write(world.policies.path().join("policy.yaml"), rules.map(document).join("---\n")).unwrap();
+}
+
+/// Processes in two cgroups with the same rules, which go with the world's.
+fn two_workloads(world: &World) -> (Asker, Asker) {
+    let [one, other] = ["one", "other"].map(|name| ManuallyDrop::new(world.cgroup.child(name).unwrap()));
+    write_for_two(world, [("one", WILDCARD), ("other", WILDCARD)]);
+    world.place.reload().unwrap();
+    (Asker::start(&world.near, &one).unwrap(), Asker::start(&world.near, &other).unwrap())
+}
+
 #[test]
 fn what_one_workload_learns_opens_nothing_to_another() {
     let world = World::new("");
-    let (one, other) = (world.cgroup.child("one").unwrap(), world.cgroup.child("other").unwrap());
-    let select = |name: &str| {
-        format!("  workloads: [ {{ cgroup: '{}/{name}' }} ]\n", world.cgroup.name().trim_start_matches('/'))
-    };
-    let documents =
-        ["one", "other"].map(|name| policy(&(select(name) + WILDCARD)).replace("name: p", &format!("name: {name}")));
-    fs::write(world.policies.path().join("policy.yaml"), documents.join("---\n")).unwrap();
-    world.place.reload().unwrap();
-    let (mut first, mut second) =
-        (Asker::start(&world.near, &one).unwrap(), Asker::start(&world.near, &other).unwrap());
+    let (mut first, mut second) = two_workloads(&world);
     let to = "198.18.0.1:443".parse().unwrap();
     first.ask(Transport::Udp, NEAR.parse().unwrap(), "198-18-0-1.example.com").unwrap();
     assert!(!first.is_refused(to).unwrap() && second.is_refused(to).unwrap());
@@ -246,16 +256,7 @@ fn an_answer_holds_for_its_time_and_no_longer() {
 #[test]
 fn a_flood_of_names_closes_nothing_to_others() {
     let world = World::with("", &["--name-quota", "100", "--name-floor", "1", "--name-grace", "1"]);
-    let (one, other) = (world.cgroup.child("one").unwrap(), world.cgroup.child("other").unwrap());
-    let select = |name: &str| {
-        format!("  workloads: [ {{ cgroup: '{}/{name}' }} ]\n", world.cgroup.name().trim_start_matches('/'))
-    };
-    let documents =
-        ["one", "other"].map(|name| policy(&(select(name) + WILDCARD)).replace("name: p", &format!("name: {name}")));
-    fs::write(world.policies.path().join("policy.yaml"), documents.join("---\n")).unwrap();
-    world.place.reload().unwrap();
-    let (mut first, mut second) =
-        (Asker::start(&world.near, &one).unwrap(), Asker::start(&world.near, &other).unwrap());
+    let (mut first, mut second) = two_workloads(&world);
     let server = NEAR.parse().unwrap();
     first.ask(Transport::Tcp, server, "many-200.example.com").unwrap();
     let to = |last: u32| format!("198.19.0.{last}:443").parse().unwrap();
@@ -301,11 +302,7 @@ fn what_a_shared_resolver_is_answered_counts_for_every_workload() {
     drop(world.agent.take());
     let (one, resolver) = (world.cgroup.child("one").unwrap(), world.cgroup.child("resolver").unwrap());
     let top = world.cgroup.name().trim_start_matches('/').to_owned();
-    let documents = [("one", WILDCARD), ("resolver", "")].map(|(name, rest)| {
-        let select = format!("  workloads: [ {{ cgroup: '{top}/{name}' }} ]\n");
-        policy(&(select + rest)).replace("name: p", &format!("name: {name}"))
-    });
-    fs::write(world.policies.path().join("policy.yaml"), documents.join("---\n")).unwrap();
+    write_for_two(&world, [("one", WILDCARD), ("resolver", "")]);
     world.start(&["--shared-resolver", &format!("{top}/resolver")]);
     let (mut first, mut shared) =
         (Asker::start(&world.near, &one).unwrap(), Asker::start(&world.near, &resolver).unwrap());

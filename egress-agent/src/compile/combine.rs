@@ -291,14 +291,8 @@ pub fn dialled_names(policies: &PolicySet) -> impl Iterator<Item = (&ObjectName,
         });
         hosts.into_iter().chain(endpoints).collect::<Vec<_>>()
     };
-    let of_policy = |policy: &EgressPolicy| {
-        let peers = policy.allow.iter().flat_map(|rule| rule.to.iter().flatten());
-        let hosts = peers.filter_map(|peer| match peer {
-            Peer::Host(pattern) => Some(pattern.clone()),
-            Peer::Cidr { .. } => None,
-        });
-        hosts.collect::<Vec<_>>()
-    };
+    let of_policy =
+        |policy: &EgressPolicy| policy.allow.iter().flat_map(|rule| hosts(rule.to.as_deref())).collect::<Vec<_>>();
     let entries = policies.service_entries.iter().map(move |entry| (&entry.object, of_entry(entry)));
     let egress = policies.egress_policies.iter().map(move |policy| (&policy.object, of_policy(policy)));
     entries.chain(egress).flat_map(|(object, names)| names.into_iter().map(move |name| (object, name)))

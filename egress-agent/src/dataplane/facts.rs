@@ -9,10 +9,10 @@ use std::{
 
 use aya::maps::{HashMap as KernelHash, LpmTrie, Map, MapData, MapError};
 use egress_common::{Address, Claim, Claims, ELSEWHERE, FactKey, KEY_BYTES, MOST_CLAIMS, NameId, NameKey, map};
-use rustix::time::{ClockId, clock_gettime};
 use zerocopy::transmute;
 
 use super::{DataplaneError, failed, names::NameIds, open, pinned, sys};
+use crate::events::boot_clock;
 
 /// The `NAMES` map, in bytes: [`FactKey`] → [`Claims`].
 type Names = KernelHash<MapData, [u8; size_of::<FactKey>()], [u8; size_of::<Claims>()]>;
@@ -49,7 +49,7 @@ impl AskedNames {
 
 /// Seconds since boot, suspended time included.
 fn now() -> u32 {
-    u32::try_from(clock_gettime(ClockId::Boottime).tv_sec).unwrap_or(u32::MAX)
+    u32::try_from(boot_clock().as_secs()).unwrap_or(u32::MAX)
 }
 
 impl Facts {

@@ -99,29 +99,19 @@ fn map_use(set: &Path, name: &'static str, views: &[u32]) -> Result<MapUse, Data
                 bytes += memory(&inner);
             }
         }
-        map::USERS => {
-            let users = HashMap::<_, [u8; 8], u32>::try_from(Map::HashMap(data))
-                .map_err(|cause| failed(name, "read", cause))?;
-            entries = users.keys().count() as u64;
+        map::HOSTS => {
+            entries = count::<{ size_of::<FactKey>() }, { size_of::<NameKey>() }>(name, Map::LruHashMap(data))?;
         }
-        map::HOSTS => entries = count_lru::<{ size_of::<FactKey>() }, { size_of::<NameKey>() }>(name, data)?,
-        map::NAMES => entries = count::<{ size_of::<FactKey>() }, { size_of::<Claims>() }>(name, data)?,
-        map::QUOTAS | map::NETNS => entries = count::<8, 4>(name, data)?,
-        map::RESOLVERS => entries = count::<{ size_of::<ResolverKey>() }, 4>(name, data)?,
+        map::NAMES => entries = count::<{ size_of::<FactKey>() }, { size_of::<Claims>() }>(name, Map::HashMap(data))?,
+        map::USERS | map::QUOTAS | map::NETNS => entries = count::<8, 4>(name, Map::HashMap(data))?,
+        map::RESOLVERS => entries = count::<{ size_of::<ResolverKey>() }, 4>(name, Map::HashMap(data))?,
         _ => entries = capacity,
     }
     Ok(MapUse { name, entries, capacity, bytes })
 }
 
-fn count<const KEY: usize, const VALUE: usize>(name: &'static str, data: MapData) -> Result<u64, DataplaneError> {
-    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(Map::HashMap(data))
-        .map_err(|cause| failed(name, "read", cause))?;
-    Ok(map.keys().count() as u64)
-}
-
-fn count_lru<const KEY: usize, const VALUE: usize>(name: &'static str, data: MapData) -> Result<u64, DataplaneError> {
-    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(Map::LruHashMap(data))
-        .map_err(|cause| failed(name, "read", cause))?;
+fn count<const KEY: usize, const VALUE: usize>(name: &'static str, map: Map) -> Result<u64, DataplaneError> {
+    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).map_err(|cause| failed(name, "read", cause))?;
     Ok(map.keys().count() as u64)
 }
 

@@ -12,10 +12,7 @@ use std::{
 
 use egress_common::{ELSEWHERE, MAX_LEVEL, MAX_SCOPES, Placement, Scope, Seat, UserKey};
 
-use super::{
-    DataplaneError,
-    names::{Pattern, patterns},
-};
+use super::{DataplaneError, names::Pattern};
 use crate::scopes::{self, Layout};
 
 /// What tells scopes apart: their rules, and those of their users; and the names that others name and their patterns cover.
@@ -91,9 +88,14 @@ pub(super) struct Plan {
     pub(super) live: Live,
 }
 
-/// Plans a change.
-pub(super) fn plan(live: &Live, layout: &Layout, change: Change) -> Result<Plan, DataplaneError> {
-    let identities = identities(layout);
+/// Plans a change. `names` are all names and patterns of the layout.
+pub(super) fn plan(
+    live: &Live,
+    layout: &Layout,
+    names: &BTreeSet<Pattern>,
+    change: Change,
+) -> Result<Plan, DataplaneError> {
+    let identities = identities(layout, names);
     let numbers = assign(live, &identities)?;
     let mut next = Live { deepest: deepest(layout), room: live.room, ..Live::default() };
     let mut steps = Vec::new();
@@ -153,13 +155,12 @@ fn assign(live: &Live, identities: &[Identity]) -> Result<Vec<Scope>, DataplaneE
     Ok(given)
 }
 
-fn identities(layout: &Layout) -> Vec<Identity> {
-    let all = patterns(layout);
+fn identities(layout: &Layout, all: &BTreeSet<Pattern>) -> Vec<Identity> {
     let rules = |scope: &scopes::Scope| (scope.hash, scope.written);
     let users =
         |scope: &scopes::Scope| scope.users.iter().map(|(&uid, &index)| (uid, rules(&layout.scopes[index]))).collect();
     let identity =
-        |scope: &scopes::Scope| Identity { rules: rules(scope), users: users(scope), covered: covered(scope, &all) };
+        |scope: &scopes::Scope| Identity { rules: rules(scope), users: users(scope), covered: covered(scope, all) };
     layout.scopes.iter().map(identity).collect()
 }
 

@@ -8,7 +8,7 @@ use std::{
 use egress_common::{Place, Task, Workloads, place};
 use proptest::prelude::*;
 
-use super::*;
+use super::{super::names::patterns, *};
 use crate::{
     compile::{Context, NodeAction, NodeDefault, compile},
     policy::PolicySet,
@@ -111,6 +111,11 @@ impl Task for Actor {
     fn uid(&self) -> u32 {
         self.uid
     }
+}
+
+/// [`super::plan`] with the names of the layout.
+fn plan(live: &Live, layout: &Layout, change: Change) -> Result<Plan, DataplaneError> {
+    super::plan(live, layout, &patterns(layout), change)
 }
 
 fn level(cgroup: u64) -> usize {
