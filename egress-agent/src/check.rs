@@ -18,7 +18,6 @@ use crate::{
         EndpointAddress, HostPattern, PolicySet, ServiceEntry,
         code::Code,
         diagnostic::{Color, Finding, Severity, render},
-        egress_policy::unbuilt::unsupported,
         lint::lint,
         load::{LoadError, LoadOptions, Loaded, MAX_FILE, load},
         yaml::Span,
@@ -118,16 +117,13 @@ fn read_again(file: &Path) -> Option<Arc<str>> {
     Some(text.into())
 }
 
-/// What is valid and probably not meant, and what this version cannot carry out.
+/// What is valid and probably not meant.
 fn lints(policies: &PolicySet, look_up: LookUp) -> Vec<Finding> {
     let mut findings = lint(policies);
     if look_up == LookUp::System {
         findings.retain(|finding| finding.code != Code::NeedsLookup);
         findings.extend(policies.service_entries.iter().filter(|entry| !resolves(entry)).map(does_not_resolve));
     }
-    let unbuilt = policies.egress_policies.iter().flat_map(|policy| unsupported(policy, true));
-    let (code, severity) = (Code::NotEnforcedYet, Code::NotEnforcedYet.severity());
-    findings.extend(unbuilt.map(|finding| Finding { code, severity, ..finding }));
     findings
 }
 

@@ -104,10 +104,22 @@ pub struct Dataplane {
     believed: HashMap<Scope, BTreeSet<Address>>,
     names: NameIds,
     facts: Facts,
-    /// The cgroups to whose sockets is listened, each with its link where that is not pinned.
-    listening: BTreeMap<u64, Option<OwnedFd>>,
+    /// The hooks that are attached where they matter, by cgroup, each with its link where that is not pinned.
+    spots: BTreeMap<Spot, Option<OwnedFd>>,
     memory_limit: u64,
     can_set_retval: bool,
+}
+
+/// Hooks that are attached only to cgroups whose rules need them: to learn names, and to judge questions for them.
+pub const WHERE_IT_MATTERS: [Hook; 2] = [Hook::Ingress, Hook::Query];
+
+/// A hook of [`WHERE_IT_MATTERS`], and the id of a cgroup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Spot {
+    /// The hook.
+    pub hook: Hook,
+    /// The id.
+    pub cgroup: u64,
 }
 
 /// What holds for what is learnt of names.
@@ -216,7 +228,7 @@ impl Dataplane {
             rules: RuleIds::default(),
             believed: HashMap::new(),
             names: NameIds::default(),
-            listening: BTreeMap::new(),
+            spots: BTreeMap::new(),
             memory_limit,
             can_set_retval,
         })
@@ -431,11 +443,11 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Attaches every hook to a cgroup, pinned: the programs stay there when the agent is gone. All of it is undone if one
+    /// Attaches every hook but those of [`WHERE_IT_MATTERS`] to a cgroup, pinned: the programs stay there when the agent is gone. All of it is undone if one
     /// of them fails.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
         let mut links = Vec::new();
-        for &hook in self.hooks.loaded.iter().filter(|&&hook| hook != Hook::Ingress) {
+        for &hook in self.hooks.loaded.iter().filter(|hook| !WHERE_IT_MATTERS.contains(hook)) {
             links.push((hook.as_str(), programs::attach(&mut self.ebpf, hook, cgroup)?));
         }
         if !self.pins.is_there() {
@@ -462,39 +474,53 @@ impl Dataplane {
         self.facts.adopt(set, &self.names)
     }
 
-    /// The cgroups to whose sockets is listened.
-    pub fn listening(&self) -> impl Iterator<Item = u64> {
-        self.listening.keys().copied()
+    /// The hooks of [`WHERE_IT_MATTERS`] that are attached.
+    pub fn spots(&self) -> impl Iterator<Item = Spot> {
+        self.spots.keys().copied()
     }
 
-    /// Whether is listened to the sockets of a cgroup.
-    pub fn listens_to(&self, id: u64) -> bool {
-        self.listening.contains_key(&id)
-    }
-
-    /// Listens to what the sockets of a cgroup, and of those below it, receive: there names are learnt.
-    pub fn listen(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
-        if !self.hooks.loaded.contains(&Hook::Ingress) || self.listening.contains_key(&cgroup.id) {
+    /// Attaches a hook of [`WHERE_IT_MATTERS`] to a cgroup, unless it is there. A kernel that refuses its program goes without
+    /// where that only keeps names from being learnt.
+    pub fn attach_spot(&mut self, hook: Hook, cgroup: &Cgroup) -> Result<(), DataplaneError> {
+        let spot = Spot { hook, cgroup: cgroup.id };
+        if self.spots.contains_key(&spot) {
             return Ok(());
         }
-        let link = programs::attach(&mut self.ebpf, Hook::Ingress, cgroup)?;
+        match (self.hooks.loaded.contains(&hook), hook) {
+            (true, _) => {}
+            (false, Hook::Query) => return Err(DataplaneError::Lacks { hook: hook.as_str() }),
+            (false, _) => return Ok(()),
+        }
+        let link = programs::attach(&mut self.ebpf, hook, cgroup)?;
         let kept = if self.pins.is_there() {
-            let path = self.pins.room_for(&pinned::listener(cgroup.id))?;
+            let path = self.pins.room_for(&pinned::spot(hook, cgroup.id))?;
             sys::pin(link.as_fd(), &path).map_err(pins::failed("pin", &path))?;
             None
         } else {
             Some(link)
         };
-        self.listening.insert(cgroup.id, kept);
+        self.spots.insert(spot, kept);
         Ok(())
     }
 
-    /// Listens no longer to a cgroup, which may be gone.
-    pub fn unlisten(&mut self, id: u64) -> Result<(), DataplaneError> {
-        if let Some(None) = self.listening.remove(&id)
+    /// Forgets those whose pins somebody else removed, unless that was all there is; tells which they are.
+    pub fn forget_lost_spots(&mut self) -> Vec<Spot> {
+        if !self.pins.is_there() {
+            return Vec::new();
+        }
+        let set = self.pins.path();
+        let is_lost = |spot: &Spot, link: &mut Option<OwnedFd>| {
+            link.is_none() && !set.join(pinned::spot(spot.hook, spot.cgroup)).exists()
+        };
+        self.spots.extract_if(.., is_lost).map(|(spot, _)| spot).collect()
+    }
+
+    /// Takes a hook off a cgroup, which may be gone.
+    pub fn detach_spot(&mut self, spot: Spot) -> Result<(), DataplaneError> {
+        if let Some(None) = self.spots.remove(&spot)
             && self.pins.is_there()
         {
-            pinned::detach_link(&self.pins.path().join(pinned::listener(id)))?;
+            pinned::detach_link(&self.pins.path().join(pinned::spot(spot.hook, spot.cgroup)))?;
         }
         Ok(())
     }

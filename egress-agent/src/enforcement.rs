@@ -1,15 +1,17 @@
 //! What is in force on a cgroup, and how that follows its policies and the cgroups below it.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
+use egress_common::Hook;
+
 use crate::{
     cgroup::{self, Cgroup, CgroupError},
-    dataplane::{Applied, Change, Dataplane, DataplaneError},
+    dataplane::{Applied, Change, Dataplane, DataplaneError, Spot},
     existing::{Sweep, may_enter},
     hierarchy::{Changed, Hierarchy},
     netns::PodNamespaces,
@@ -164,10 +166,15 @@ impl Enforcement {
         }
     }
 
+    /// Whether names are learnt anywhere.
+    fn learns(&self) -> bool {
+        self.dataplane.spots().any(|spot| spot.hook == Hook::Ingress)
+    }
+
     /// What is not as it should be.
     pub(crate) fn degraded(&self) -> Vec<String> {
         let stopped = self.vigil.as_ref().is_some_and(Vigil::is_stopped);
-        let learns = self.dataplane.listening().next().is_some();
+        let learns = self.learns();
         let unlearnt = self.unlearnt.clone().filter(|_| learns);
         stopped.then(|| socket_matching::STOPPED.to_owned()).into_iter().chain(unlearnt).collect()
     }
@@ -248,55 +255,54 @@ impl Enforcement {
     fn apply(&mut self, change: Change) -> Result<Applied, RunError> {
         let nodes = self.hierarchy.nodes();
         let layout = self.selector.layout(&nodes, self.agent.as_ref().map(|agent| agent.id))?;
-        // Who listens before there is something to learn misses nothing.
-        let listening = self.listen(&nodes, &layout)?;
+        let wanted = self.where_it_matters(&nodes, &layout);
+        // Who listens before there is something to learn misses nothing, and a question is judged from the first on by a policy that
+        // wants it. But before there is any policy, each would be refused.
+        let is_early = |spot: &Spot| self.is_attached || spot.hook == Hook::Ingress;
+        let (early, late): (Vec<_>, Vec<_>) = wanted.iter().partition(|(spot, _)| is_early(spot));
+        self.attach_spots(&early)?;
         let applied = self.dataplane.apply(&layout, change)?;
+        self.attach_spots(&late)?;
         self.layout = layout;
-        self.unlisten(&listening);
+        self.detach_elsewhere(&wanted.keys().copied().collect());
         Ok(applied)
     }
 
-    /// Listens to the cgroups whose rules name names; tells which they are. What is below one of them is listened to with it.
-    fn listen(&mut self, nodes: &[Node], layout: &Layout) -> Result<BTreeSet<u64>, RunError> {
-        let matters = layout.scopes.iter().any(|scope| scope.ruleset.has_names());
-        let has_names = |seat| match seat {
-            Seat::Scope(index) => {
-                let scope = &layout.scopes[index];
-                let of_users = scope.users.values().map(|&index| &layout.scopes[index]);
-                std::iter::once(scope)
-                    .chain(of_users)
-                    .any(|scope| scope.ruleset.has_names() || (matters && scope.ruleset.serves_dns()))
-            }
-            Seat::Exempt | Seat::Unknown => false,
-        };
-        let mut wanted = BTreeSet::new();
-        let mut paths: HashSet<&Path> = HashSet::new();
+    /// The hooks that few cgroups need, with those that do and where these are. What is below one of them has them, too.
+    fn where_it_matters(&self, nodes: &[Node], layout: &Layout) -> BTreeMap<Spot, PathBuf> {
         let mut sorted: Vec<&Node> = nodes.iter().collect();
         sorted.sort_by_key(|node| node.level());
-        for node in sorted {
-            let path = Path::new(&node.path);
-            let names = layout.placements.get(&node.id).is_some_and(|at| has_names(at.own) || has_names(at.below));
-            if !names || path.ancestors().any(|above| paths.contains(above)) {
-                continue;
-            }
-            paths.insert(path);
-            wanted.insert(node.id);
-            let is_new = !self.dataplane.listens_to(node.id);
-            match is_new.then(|| Cgroup::open(&self.mount.join(&node.path), &self.mount)) {
-                Some(Ok(cgroup)) if cgroup.id == node.id => self.dataplane.listen(&cgroup)?,
-                // It is gone, which will be noticed.
-                Some(Ok(_) | Err(CgroupError::NotFound { .. })) | None => {}
-                Some(Err(error)) => return Err(error.into()),
-            }
+        let names_matter = layout.scopes.iter().any(|scope| scope.ruleset.has_names());
+        let learns = |rules: &Ruleset| rules.has_names() || (names_matter && rules.serves_dns());
+        let mut wanted = BTreeMap::new();
+        for node in top_most(&sorted, layout, learns) {
+            wanted.insert(Spot { hook: Hook::Ingress, cgroup: node.id }, self.mount.join(&node.path));
         }
-        Ok(wanted)
+        for node in top_most(&sorted, layout, Ruleset::judges_queries) {
+            wanted.insert(Spot { hook: Hook::Query, cgroup: node.id }, self.mount.join(&node.path));
+        }
+        wanted
     }
 
-    fn unlisten(&mut self, wanted: &BTreeSet<u64>) {
-        let unwanted: Vec<u64> = self.dataplane.listening().filter(|id| !wanted.contains(id)).collect();
-        for id in unwanted {
-            if let Err(error) = self.dataplane.unlisten(id) {
-                tracing::warn!(error = %chain(&error), cgroup = id, "names are still learnt in a cgroup where none matters");
+    fn attach_spots(&mut self, wanted: &[(&Spot, &PathBuf)]) -> Result<(), RunError> {
+        let there: BTreeSet<Spot> = self.dataplane.spots().collect();
+        for (spot, path) in wanted.iter().filter(|(spot, _)| !there.contains(spot)) {
+            match Cgroup::open(path, &self.mount) {
+                Ok(cgroup) if cgroup.id == spot.cgroup => self.dataplane.attach_spot(spot.hook, &cgroup)?,
+                // It is gone, which will be noticed.
+                Ok(_) | Err(CgroupError::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn detach_elsewhere(&mut self, wanted: &BTreeSet<Spot>) {
+        let unwanted: Vec<Spot> = self.dataplane.spots().filter(|spot| !wanted.contains(spot)).collect();
+        for spot in unwanted {
+            if let Err(error) = self.dataplane.detach_spot(spot) {
+                let (hook, cgroup) = (spot.hook.as_str(), spot.cgroup);
+                tracing::warn!(error = %chain(&error), hook, cgroup, "a program still runs where it does not matter");
             }
         }
     }
@@ -331,8 +337,9 @@ impl Enforcement {
 
     /// Lets pods believe resolvers in their own network namespaces, where names matter.
     fn follow_namespaces(&mut self) {
+        let learns = self.learns();
         let Some(namespaces) = &mut self.namespaces else { return };
-        if self.dataplane.listening().next().is_none() {
+        if !learns {
             return;
         }
         let (nodes, pods) = (self.hierarchy.nodes(), self.selector.pods());
@@ -363,6 +370,7 @@ impl Enforcement {
     /// Catches up with cgroups that came and went, and attaches again where the cgroup was made anew.
     pub(crate) fn look_after(&mut self) {
         self.look_for_pins();
+        self.look_for_spots();
         self.follow_namespaces();
         if let Sweeping::OnceMore = std::mem::replace(&mut self.sweeping, Sweeping::Done) {
             self.sweep();
@@ -403,6 +411,15 @@ impl Enforcement {
             tracing::error!(pins = %pins.path().display(), "the pins are gone: what is in force ends with this agent");
         }
         self.is_pinned = pins.is_there();
+    }
+
+    /// Attaches again what somebody else took off.
+    fn look_for_spots(&mut self) {
+        for spot in self.dataplane.forget_lost_spots() {
+            let (hook, cgroup) = (spot.hook.as_str(), spot.cgroup);
+            tracing::error!(hook, cgroup, "the pin of a program is gone: attached again");
+            self.is_behind = true;
+        }
     }
 
     /// The cgroup has another id, so it is placed before it is attached.
@@ -449,6 +466,30 @@ impl Enforcement {
             })
             .collect()
     }
+}
+
+/// The nodes whose rules, or those of users in them, are of a kind, and that have none above them. `sorted` has each node after those
+/// above it.
+fn top_most<'a>(sorted: &[&'a Node], layout: &Layout, matters: impl Fn(&Ruleset) -> bool) -> Vec<&'a Node> {
+    let matters_at = |seat| match seat {
+        Seat::Scope(index) => {
+            let scope = &layout.scopes[index];
+            let of_users = scope.users.values().map(|&index| &layout.scopes[index]);
+            std::iter::once(scope).chain(of_users).any(|scope| matters(&scope.ruleset))
+        }
+        Seat::Exempt | Seat::Unknown => false,
+    };
+    let mut paths: HashSet<&Path> = HashSet::new();
+    let mut found = Vec::new();
+    for &node in sorted {
+        let path = Path::new(&node.path);
+        let matters = layout.placements.get(&node.id).is_some_and(|at| matters_at(at.own) || matters_at(at.below));
+        if matters && !path.ancestors().any(|above| paths.contains(above)) {
+            paths.insert(path);
+            found.push(node);
+        }
+    }
+    found
 }
 
 const CANNOT_WATCH: &str = "cannot watch cgroups; see fs.inotify.max_user_watches";

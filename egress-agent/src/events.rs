@@ -12,7 +12,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use egress_common::{Address, Decision, Event, Hook, Protocol, Reason, SHARED, SocketKind, Verdict};
+use egress_common::{Address, Decision, Event, Hook, NameKey, Protocol, Reason, SHARED, SocketKind, Verdict};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
@@ -74,7 +74,8 @@ pub struct Destination {
     pub address: IpAddr,
     /// TCP or UDP port.
     pub port: u16,
-    /// The name that the workload asked for last when it got this address; else one of the policies that has it.
+    /// The name that the workload asked for last when it got this address; else one of the policies that has it. Of a question
+    /// that was refused, what it asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
 }
@@ -177,7 +178,8 @@ impl Enricher {
     }
 
     /// The full story of a record; `None` if it is of another version and cannot be understood.
-    pub fn connection(&mut self, event: &Event) -> Option<Connection> {
+    /// `name` is what was asked for, where that is what was judged.
+    pub fn connection(&mut self, event: &Event, name: Option<&NameKey>) -> Option<Connection> {
         let (hook, decision) = (event.hook().ok()?, event.decision().ok()?);
         let process = *event.process();
         let address = event.address().to_ip();
@@ -197,7 +199,10 @@ impl Enricher {
             destination: has_destination(hook).then(|| Destination {
                 address,
                 port: event.port(),
-                host: asked.or_else(|| self.hosts.get(address)),
+                host: match hook {
+                    Hook::Query => name.and_then(spelled),
+                    _ => asked.or_else(|| self.hosts.get(address)),
+                },
             }),
             unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
             container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
@@ -217,6 +222,12 @@ fn is_initial_pid_namespace() -> bool {
         tracing::warn!("not in the host's pid namespace: denials name no parent, program or arguments of processes");
     }
     is_initial
+}
+
+/// A name as people write it; `None` if it is none.
+pub(crate) fn spelled(key: &NameKey) -> Option<String> {
+    let name = key.backwards().iter().rev().copied().collect();
+    String::from_utf8(name).ok().filter(|name| !name.is_empty())
 }
 
 /// See [`Connection::note`].
@@ -243,7 +254,7 @@ impl Connection {
 /// Whether what was refused had a destination.
 const fn has_destination(hook: Hook) -> bool {
     match hook {
-        Hook::Connect4 | Hook::Connect6 | Hook::Sendmsg4 | Hook::Sendmsg6 | Hook::Egress => true,
+        Hook::Connect4 | Hook::Connect6 | Hook::Sendmsg4 | Hook::Sendmsg6 | Hook::Egress | Hook::Query => true,
         Hook::SockCreate
         | Hook::SocketCreate
         | Hook::Setsockopt

@@ -72,6 +72,9 @@ pub struct Explanation {
     /// A document that would allow it, where one can.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to_allow: Option<String>,
+    /// What becomes of a question to a server of DNS for the name, where a policy says that not every name may be asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub query: Option<&'static str>,
 }
 
 /// A rule that did not decide.
@@ -169,6 +172,7 @@ impl<'a> Explainer<'a> {
             Verdict::Deny => self.to_allow(to, decision),
             // No policy is there to be opened, so an entry for `--default Deny` is what will be needed.
             Verdict::WouldDeny if self.selecting.is_empty() => self.to_allow(to, decision),
+            Verdict::Allow if self.is_unaskable(to) => self.to_allow(to, decision),
             Verdict::Allow | Verdict::WouldDeny => None,
         };
         let other_rules = Some(self.other_rules(to, self.ruleset.rule(&decision)));
@@ -188,7 +192,14 @@ impl<'a> Explainer<'a> {
             policies: self.names.clone(),
             other_rules: None,
             to_allow: None,
+            query: self.query(to),
         }
+    }
+
+    fn query(&self, to: &Destination) -> Option<&'static str> {
+        let host = to.host.as_deref().filter(|_| self.ruleset.judges_queries())?;
+        let decision = self.ruleset.decide_query(&NameKey::of(host, NameEnd::Exact)?);
+        Some(decision.verdict.as_str())
     }
 
     fn other_rules(&self, to: &Destination, decided: Option<&RuleName>) -> Vec<OtherRule> {
@@ -223,13 +234,24 @@ impl<'a> Explainer<'a> {
         }
     }
 
-    /// A document that allows what the default refuses. What a `deny` refuses, no document can open, nor `100::/64`, and none can
+    fn is_unaskable(&self, to: &Destination) -> bool {
+        self.query(to) == Some(Verdict::Deny.as_str())
+    }
+
+    /// A document that allows what the default refuses, or a question for the name. What a `deny` refuses, no document can open, nor `100::/64`, and none can
     /// name port 0.
     fn to_allow(&self, to: &Destination, decision: Decision) -> Option<String> {
-        if decision.rule.is_some() || to.port == 0 || Address::from(to.address).is_discard_only() {
+        let is_denied_by_rule = decision.verdict != Verdict::Allow && decision.rule.is_some();
+        if is_denied_by_rule || to.port == 0 || Address::from(to.address).is_discard_only() {
             return None;
         }
-        let wanted = write::Wanted { address: to.address, port: to.port, l4: to.protocol, host: to.host.as_deref() };
+        let wanted = write::Wanted {
+            address: to.address,
+            port: to.port,
+            l4: to.protocol,
+            host: to.host.as_deref(),
+            is_unaskable: self.is_unaskable(to),
+        };
         let enforcing = self.selecting.iter().find(|policy| policy.mode == Mode::Enforce);
         Some(if let Some(policy) = enforcing {
             write::egress_policy(&wanted, policy)
@@ -296,6 +318,14 @@ impl std::fmt::Display for Explanation {
         }
         if !self.policies.is_empty() {
             writeln!(f, "  policies of this workload: {}", self.policies.join(", "))?;
+        }
+        let question = match self.query {
+            Some("deny") => Some("may not be asked for"),
+            Some("would_deny") => Some("may not be asked for, once the Audit policies enforce"),
+            _ => None,
+        };
+        if let Some(question) = question {
+            writeln!(f, "  its name {question} (`dns.queries: Named`): no policy names it")?;
         }
         for other in self.other_rules.iter().flatten() {
             writeln!(f, "  not by {} ({}): {}", located(&other.rule), other.effect, other.why_not.text())?;

@@ -10,13 +10,12 @@ use std::{
 };
 
 use aya::maps::{MapData, RingBuf};
-use egress_common::Event;
+use egress_common::{Event, NameKey};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     pipe::{PipeFlags, pipe_with},
 };
-use zerocopy::FromBytes;
 
 use crate::{
     cli::Output,
@@ -25,6 +24,9 @@ use crate::{
 
 /// The programs' own log.
 type KernelLog = aya_log::EbpfLogger<&'static dyn log::Log>;
+
+/// What the kernel reported: see [`Event::read`].
+pub type Reported = (Event, Option<NameKey>);
 
 /// A running reporter.
 #[derive(Debug)]
@@ -75,14 +77,14 @@ impl Reporter {
         enricher: Enricher,
         output: Output,
         sink: Sink,
-        backlog: Vec<Event>,
+        backlog: Vec<Reported>,
     ) -> io::Result<Self> {
         let (stopped, stop) = pipe_with(PipeFlags::CLOEXEC)?;
         let name = sink.name;
         let mut source = Source { sink, events, log, enricher, output, folded: None, closed: false, lost: 0 };
         let thread = thread::Builder::new().name("report".to_owned()).spawn(move || {
             for event in backlog {
-                source.report(Some(event));
+                source.report(Some(&event));
             }
             source.unfold();
             source.run(&stopped);
@@ -160,9 +162,9 @@ impl Source {
             log.flush();
         }
         let before = self.lost;
-        while let Some(event) = self.events.next().map(|record| Event::read_from_bytes(&record).ok()) {
-            self.report(event);
-            if event.is_some_and(|event| is_last(event.time())) {
+        while let Some(event) = self.events.next().map(|record| Event::read(&record)) {
+            self.report(event.as_ref());
+            if event.is_some_and(|(event, _)| is_last(event.time())) {
                 break;
             }
         }
@@ -172,8 +174,8 @@ impl Source {
         }
     }
 
-    fn report(&mut self, event: Option<Event>) {
-        let Some(connection) = event.and_then(|event| self.enricher.connection(&event)) else {
+    fn report(&mut self, event: Option<&Reported>) {
+        let Some(connection) = event.and_then(|(event, name)| self.enricher.connection(event, name.as_ref())) else {
             return tracing::error!("the kernel programs reported an event of another version");
         };
         match &mut self.folded {

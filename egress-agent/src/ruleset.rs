@@ -7,7 +7,8 @@ use std::{net::IpAddr, num::NonZeroU32};
 
 use egress_common::{
     Action, Address, Claim, Claims, Decision, Entries, Entry, Flow, NameId, NameKey, NamedRules, Place, Protocol,
-    RuleId, Rules, SHARED, Scope, Segment, SegmentList, Settings, Verdict, View, decide, find_segment, rule_by_name,
+    RuleId, Rules, SHARED, Scope, Segment, SegmentList, Settings, Verdict, View, decide, decide_query, find_segment,
+    rule_by_name,
 };
 use sha2::{Digest, Sha256};
 use zerocopy::IntoBytes;
@@ -42,9 +43,19 @@ impl Ruleset {
         names.into_iter().any(|name| self.decide_named(flow, Some(&name)).verdict != Verdict::Deny)
     }
 
+    /// Judges a question to a server of DNS for a name.
+    pub fn decide_query(&self, name: &NameKey) -> Decision {
+        decide_query(&Asked { ruleset: self, name: Some(name) }, Self::PLACE, Some(ASKED))
+    }
+
+    /// Whether it matters what names its workloads ask for.
+    pub fn judges_queries(&self) -> bool {
+        self.views(Self::SCOPE).any(|(_, table)| table.settings.asks_only_named())
+    }
+
     /// Whether it names names, so that it matters what is learnt of them.
     pub fn has_names(&self) -> bool {
-        self.views(Self::SCOPE).any(|(_, table)| !table.names.is_empty())
+        self.views(Self::SCOPE).any(|(_, table)| table.settings.has_names())
     }
 
     /// Whether its workloads resolve names for the whole host.
@@ -140,8 +151,16 @@ impl Rules for Asked<'_> {
     fn rule_by_name(&self, view: View, flow: &Flow) -> Option<RuleId> {
         rule_by_name(self, view, flow, SHARED)
     }
+
+    fn named(&self, view: View, _: NameId) -> Option<Entry> {
+        let (slot, table) = (u16::try_from(view.index()).ok()?, self.ruleset.table(view)?);
+        let value = self.name.and_then(|name| table.name_value(name.as_bytes_of_name()));
+        Some(value.map_or(NOTHING, |value| in_slot(table.values[value as usize], slot)))
+    }
 }
 
+/// What is said of a name that no rule knows.
+const NOTHING: Entry = Entry::new(Entries::None, Action::Deny);
 /// The only name there is.
 const ASKED: NameId = NameId::new(1).unwrap();
 
@@ -149,12 +168,6 @@ impl NamedRules for Asked<'_> {
     fn claims(&self, _: &Flow, _: u64) -> (Claims, u32) {
         let claims = self.name.map_or(Claims::default(), |_| Claims::only(Claim::new(ASKED, u32::MAX)));
         (claims, 0)
-    }
-
-    fn named(&self, view: View, _: NameId) -> Option<Entry> {
-        let (slot, table) = (u16::try_from(view.index()).ok()?, self.ruleset.table(view)?);
-        let value = self.name.and_then(|name| table.name_value(name.as_bytes_of_name()))?;
-        Some(in_slot(table.values[value as usize], slot))
     }
 }
 
@@ -199,14 +212,14 @@ impl Table {
         default: Action,
     ) -> Self {
         let (prefixes, value_of): (Vec<Prefix>, Vec<u32>) = contents.into_iter().unzip();
-        let settings = Settings::new(default);
+        let settings = said_of_names(Settings::new(default), &names);
         let (parents, resolvers) = (parents(&prefixes), Vec::new());
         Self { prefixes, value_of, parents, values, segments, names, settings, resolvers }
     }
 
     /// With what holds beside the rules.
     pub(crate) fn with_settings(self, settings: Settings) -> Self {
-        Self { settings, ..self }
+        Self { settings: said_of_names(settings, &self.names), ..self }
     }
 
     /// With whom it believes.
@@ -277,6 +290,10 @@ impl Table {
             hasher.update(Address::from(*resolver).as_bytes());
         }
     }
+}
+
+fn said_of_names(settings: Settings, names: &[NamedValue]) -> Settings {
+    if names.is_empty() { settings } else { settings.with_names() }
 }
 
 fn parents(prefixes: &[Prefix]) -> Vec<u32> {

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use egress_common::{Event, Lifetime};
+use egress_common::Lifetime;
 use rustix::system::uname;
 use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
@@ -37,7 +37,7 @@ use crate::{
     pods::{PodNames, ROOTS},
     policy::load::{LoadError, LoadOptions},
     privileges::{self, CapabilitySet, FOREIGN_FILES},
-    report::{Reporter, Sink},
+    report::{Reported, Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
     socket_matching,
     source::{Policy, Source, SourceOptions},
@@ -335,7 +335,7 @@ pub(crate) const fn kernel_log(log: LogLevel) -> KernelLog {
 ///
 /// What it learnt of names is taken over before, so that nothing is refused in between, and once more after, for what it alone
 /// heard meanwhile.
-fn retire(pins: &PinDirectory, dataplane: &mut Dataplane) -> Vec<Event> {
+fn retire(pins: &PinDirectory, dataplane: &mut Dataplane) -> Vec<Reported> {
     let own = dataplane.pins().path().to_owned();
     let others = pins.sets().unwrap_or_default();
     let mut backlog = Vec::new();
@@ -376,7 +376,7 @@ fn start_reports(
     dataplane: &mut Dataplane,
     enricher: Enricher,
     output: Option<Output>,
-    backlog: Vec<Event>,
+    backlog: Vec<Reported>,
 ) -> Result<Reporter, RunError> {
     let output = output.unwrap_or(if io::stdout().is_terminal() { Output::Text } else { Output::Json });
     let (events, log) = (dataplane.take_events()?, dataplane.take_log());

@@ -13,11 +13,12 @@ use crate::{
     kubernetes::{Cluster, Revisions, Selection, Snapshot},
     pods::Pods,
     policy::{
-        Endpoint, EndpointAddress, HostPattern, ObjectName, PolicySet, Selector as WorkloadSelector, ServiceEntry,
-        User,
+        EgressPolicy, Endpoint, EndpointAddress, HostPattern, ObjectName, PolicySet, Selector as WorkloadSelector,
+        ServiceEntry, User,
+        code::Code,
         diagnostic::{Finding, Severity},
-        egress_policy::unbuilt::unsupported,
         load::{LoadError, LoadOptions, Loaded, load, watched},
+        yaml::Span,
     },
     resolv,
     run::{RunError, system},
@@ -99,9 +100,9 @@ impl Source {
     /// Takes documents if they are valid, and tells of every finding.
     pub(crate) fn accept(&mut self, loaded: Loaded) -> Result<Policy, RunError> {
         let knows_pods = self.cluster.is_some();
-        let unbuilt: Vec<Finding> =
-            loaded.policies.egress_policies.iter().flat_map(|policy| unsupported(policy, knows_pods)).collect();
-        let findings = || loaded.findings.iter().chain(&unbuilt);
+        let policies = loaded.policies.egress_policies.iter().filter(|_| !knows_pods);
+        let unknown: Vec<Finding> = policies.filter_map(selects_unknown_pods).collect();
+        let findings = || loaded.findings.iter().chain(&unknown);
         findings().for_each(report);
         let errors = findings().filter(|finding| finding.severity == Severity::Error).count();
         if errors > 0 {
@@ -300,4 +301,34 @@ fn users(policies: &PolicySet, told: &mut Told<'_>) -> Vec<UserIdentity> {
     users.sort_by_key(|user| user.uid);
     users.dedup();
     users
+}
+
+/// That a policy selects pods: an error where nobody tells who they are, since a policy that is carried out by half is worse
+/// than none.
+fn selects_unknown_pods(policy: &EgressPolicy) -> Option<Finding> {
+    let selects_pods = policy.workloads.iter().flatten().any(|selector| matches!(selector, WorkloadSelector::Pod(_)));
+    let at = Span { line: policy.at.line, column: policy.at.column, length: 0 };
+    selects_pods.then(|| {
+        let says = format!("{} selects pods, and nobody tells who they are", policy.object);
+        Finding::at(Code::UnknownPods, &policy.at.file, at, says)
+            .with_path("spec.workloads")
+            .with_help("run the agent with `--kubernetes`, or select by `cgroup`, `unit` or `user`")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::load::load_text;
+
+    #[test]
+    fn a_policy_that_selects_pods_needs_somebody_who_knows_them() {
+        let found = |workloads: &str| {
+            let head = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: p }\n";
+            let text = format!("{head}spec: {{ workloads: [ {workloads} ] }}\n");
+            selects_unknown_pods(&load_text("p.yaml", &text).policies.egress_policies[0]).map(|found| found.code)
+        };
+        assert_eq!(found("{ unit: a.service }, { user: 0 }, { pod: {} }, { cgroup: a }"), Some(Code::UnknownPods));
+        assert_eq!(found("{ unit: a.service }, { user: 0 }, { cgroup: a }"), None);
+    }
 }

@@ -13,7 +13,10 @@ use serde::{Deserialize, Serialize};
 use crate::{
     cgroup::{self, CgroupPaths},
     control::{self, Request},
-    dataplane::pinned::{self, MapUse},
+    dataplane::{
+        WHERE_IT_MATTERS,
+        pinned::{self, MapUse},
+    },
     kubernetes,
     pins::{self, PinError},
     resolver::NameReport,
@@ -255,8 +258,8 @@ impl Status {
             .filter_map(|(hook, id)| Some((hook, path_of(id).unwrap_or_else(|| Some(id.to_string()))?)))
             .collect();
         let meta = pinned::meta(set).ok();
-        // To what is received is listened only where names matter.
-        let is_wanted = |hook: &&Hook| **hook != Hook::Ingress && meta.is_none_or(|meta| meta.has_hook(**hook));
+        let is_wanted =
+            |hook: &&Hook| !WHERE_IT_MATTERS.contains(hook) && meta.is_none_or(|meta| meta.has_hook(**hook));
         let missing: Vec<&str> = Hook::ALL
             .iter()
             .filter(is_wanted)

@@ -2,9 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use egress_agent::policy::{
-    Peer, PolicySet, code::Code, egress_policy::unbuilt::unsupported, lint::lint, load::load_text,
-};
+use egress_agent::policy::{Peer, PolicySet, code::Code, lint::lint, load::load_text};
 
 #[path = "policy/annotated.rs"]
 mod annotated;
@@ -67,20 +65,6 @@ fn rules_that_differ_in_ports_or_exceptions_are_not_redundant() {
     let within =
         "{to: [{cidr: 10.1.0.0/16}], ports: [{port: 80}]}, {to: [{cidr: 10.0.0.0/8}], ports: [{protocol: Any}]}";
     assert_eq!(codes(&format!("allow: [{within}]")), [Code::RedundantRule]);
-}
-
-#[test]
-fn what_is_not_built_is_named() {
-    let spec = "workloads: [{unit: a.service}, {user: 0}, {pod: {}}, {cgroup: a}], dns: {queries: Named}";
-    let policy_of = |spec| policy(spec).egress_policies[0].clone();
-    let found = unsupported(&policy_of(spec), false);
-    let named: Vec<&str> = found.iter().map(|finding| finding.path.as_str()).collect();
-    assert_eq!(named, ["spec.dns.queries", "spec.workloads"], "{found:#?}");
-    assert!(found.iter().all(|finding| finding.code == Code::NotBuilt));
-    assert_eq!(unsupported(&policy_of(spec), true).len(), 1);
-    let built = "workloads: [{unit: a.service}, {user: 0}, {cgroup: a}], mode: Audit, services: [], dns: {queries: Any, servers: None}, protocols: [ICMP, SCTP], existing: Terminate, \
-                 refuseWith: ECONNREFUSED, loopback: None, defaultAction: Deny, replies: Deny";
-    assert_eq!(unsupported(&policy_of(built), false), []);
 }
 
 #[test]

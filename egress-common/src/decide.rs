@@ -22,15 +22,15 @@ pub trait Rules {
     /// The rule that allows a flow for a name that its destination was an answer for, to its workload or to one that resolves for
     /// the whole host ([`crate::SHARED`]): see [`rule_by_name`].
     fn rule_by_name(&self, view: View, flow: &Flow) -> Option<RuleId>;
-}
-
-/// Where names are kept, and what they may do.
-pub trait NamedRules: Rules {
-    /// The names that the destination of a flow was an answer for, to a workload, and the time, in seconds since boot.
-    fn claims(&self, flow: &Flow, workload: u64) -> (Claims, u32);
 
     /// What a view says of a name; `None` if the view is not there.
     fn named(&self, view: View, name: NameId) -> Option<Entry>;
+}
+
+/// Where it is kept which names an address was an answer for.
+pub trait NamedRules: Rules {
+    /// The names that the destination of a flow was an answer for, to a workload, and the time, in seconds since boot.
+    fn claims(&self, flow: &Flow, workload: u64) -> (Claims, u32);
 }
 
 /// The rule of the first name that allows a flow, of those that a workload learnt. A name only ever opens: an address is shared by
@@ -78,6 +78,40 @@ pub fn decide_dns_service<R: Rules>(rules: &R, place: Place) -> Decision {
     answer(rules, place, Question::DnsService)
 }
 
+/// Judges whether a workload may ask a server of DNS for a name: `None` if policies know no such name.
+#[inline(always)]
+pub fn decide_query<R: Rules>(rules: &R, place: Place, name: Option<NameId>) -> Decision {
+    answer(rules, place, Question::Query(name))
+}
+
+/// What may become of questions to servers of DNS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Queries {
+    /// Each is let through.
+    Any,
+    /// Each is let through; those for names that no policy knows are reported.
+    Reported,
+    /// Those for names that no policy knows are refused.
+    Named,
+}
+
+/// What may become of what the workloads of a place ask servers of DNS. Where it is not known whose rules apply, and where they
+/// cannot be read, each question is judged.
+#[inline(always)]
+pub fn queries<R: Rules>(rules: &R, place: Place) -> Queries {
+    let scope = match place {
+        Place::Scope(scope) => scope,
+        Place::Exempt => return Queries::Any,
+        Place::Unknown => return Queries::Named,
+    };
+    let is_named = |view| rules.settings(view).map(|settings| settings.asks_only_named());
+    match (is_named(scope.enforcing()), is_named(scope.with_audit())) {
+        (Some(true) | None, _) => Queries::Named,
+        (_, Some(true)) => Queries::Reported,
+        (_, Some(false) | None) => Queries::Any,
+    }
+}
+
 /// Whether a task resolves names for the whole host.
 #[inline(always)]
 pub fn serves_dns<R: Rules>(rules: &R, scope: Scope) -> bool {
@@ -98,6 +132,8 @@ fn answers_peers<R: Rules>(rules: &R, view: View) -> bool {
 }
 
 const ALLOWED: Decision = Decision::new(Verdict::Allow, Reason::NoRule);
+/// Whatever the default: a policy says `Named` to have it so.
+const UNASKABLE: Decision = Decision::new(Verdict::Deny, Reason::DnsQuery);
 
 /// What a view is asked.
 #[derive(Clone, Copy)]
@@ -106,6 +142,7 @@ enum Question<'a> {
     Socket(SocketKind),
     Bypass,
     DnsService,
+    Query(Option<NameId>),
 }
 
 /// Asks the views of a place, one after the other.
@@ -139,6 +176,18 @@ fn ask<R: Rules>(rules: &R, view: View, question: Question<'_>) -> Option<Decisi
         Question::DnsService => {
             let settings = rules.settings(view)?;
             Some(if settings.serves_dns() { ALLOWED } else { by_default(&settings, Reason::Bypass) })
+        }
+        Question::Query(name) => {
+            let settings = rules.settings(view)?;
+            if !settings.asks_only_named() {
+                return Some(ALLOWED);
+            }
+            let Some(name) = name else { return Some(UNASKABLE) };
+            Some(match rules.named(view, name)?.entries() {
+                Ok(Entries::None) => UNASKABLE,
+                Ok(_) => ALLOWED,
+                Err(_) => Decision::FAULT,
+            })
         }
     }
 }
@@ -178,6 +227,7 @@ fn judge<R: Rules>(rules: &R, view: View, flow: &Flow) -> Option<Decision> {
 #[inline(always)]
 fn reconsider<R: Rules>(rules: &R, view: View, settings: &Settings, flow: &Flow, refused: Decision) -> Decision {
     if refused.reason == Reason::NoRule
+        && settings.has_names()
         && let Some(rule) = rules.rule_by_name(view, flow)
     {
         return Decision { rule: Some(rule), ..Decision::new(Verdict::Allow, Reason::Name) };
@@ -199,7 +249,7 @@ fn read<R: Rules>(rules: &R, entry: &Entry, flow: &Flow) -> Result<Decision, Unk
         return Ok(unmatched(default, Reason::SocketKind));
     }
     match entry.entries()? {
-        Entries::None => Ok(unmatched(default, Reason::NoRule)),
+        Entries::None | Entries::Asked => Ok(unmatched(default, Reason::NoRule)),
         Entries::EveryPort(action, rule) => Ok(matched(action, rule)),
         Entries::Range(segment) => in_segment(&segment, default, flow),
         Entries::Segments(list) => match rules.segment(list, flow.protocol, flow.port) {
@@ -298,15 +348,6 @@ mod tests {
         fn claims(&self, _: &Flow, workload: u64) -> (Claims, u32) {
             (if workload == self.workload { self.claims } else { Claims::default() }, NOW)
         }
-
-        fn named(&self, view: View, name: NameId) -> Option<Entry> {
-            let (entry, _) = self.view(view)?;
-            Some(
-                self.named
-                    .filter(|named| named.0 == name)
-                    .map_or(Entry::new(Entries::None, entry.default_action().unwrap()), |named| named.1),
-            )
-        }
     }
 
     impl Fixed {
@@ -330,7 +371,8 @@ mod tests {
         }
 
         fn settings(&self, view: View) -> Option<Settings> {
-            self.view(view).map(|(_, settings)| settings)
+            let (_, settings) = self.view(view)?;
+            Some(if self.named.is_some() { settings.with_names() } else { settings })
         }
 
         fn is_reply(&self, _: &Flow) -> bool {
@@ -339,6 +381,15 @@ mod tests {
 
         fn rule_by_name(&self, view: View, flow: &Flow) -> Option<RuleId> {
             [OWN, SHARED].into_iter().find_map(|workload| rule_by_name(self, view, flow, workload))
+        }
+
+        fn named(&self, view: View, name: NameId) -> Option<Entry> {
+            let (entry, _) = self.view(view)?;
+            Some(
+                self.named
+                    .filter(|named| named.0 == name)
+                    .map_or(Entry::new(Entries::None, entry.default_action().unwrap()), |named| named.1),
+            )
         }
     }
 
@@ -464,6 +515,51 @@ mod tests {
         let audited = Fixed { with_audit: Some(view(DENY)), ..with(claims(name, NOW + 1), view(ALLOW)) };
         assert_eq!(answered(&audited, Protocol::TCP, 443).verdict, Verdict::Allow);
         assert_eq!(answered(&audited, Protocol::TCP, 444).verdict, Verdict::WouldDeny);
+    }
+
+    #[test]
+    fn only_names_that_rules_know_may_be_asked_for_where_a_policy_says_so() {
+        let [name, other] = [1, 2].map(NameId::new);
+        let place = Place::Scope(SCOPE);
+        let with = |entry, enforcing| Fixed { named: Some((name.unwrap(), entry)), ..Fixed::enforcing(enforcing) };
+        let answered = |rules: &Fixed, name| {
+            let decision = decide_query(rules, place, name);
+            (decision.verdict, decision.reason)
+        };
+        let refused = (Verdict::Deny, Reason::DnsQuery);
+        let range = Entries::Range(Segment::new(Protocol::TCP, 443, 443, ALLOW, RULE));
+        for entries in [Entries::EveryPort(ALLOW, RULE), range, Entries::Asked] {
+            let entry = Entry::new(entries, DENY);
+            for action in [DENY, ALLOW] {
+                let (of_view, settings) = view(action);
+                let named = with(entry, (of_view, settings.with_named_queries()));
+                assert_eq!(queries(&named, place), Queries::Named);
+                assert_eq!(answered(&named, name).0, Verdict::Allow);
+                assert_eq!((answered(&named, other), answered(&named, None)), (refused, refused));
+                let any = with(entry, (of_view, settings));
+                assert_eq!(queries(&any, place), Queries::Any);
+                assert_eq!(answered(&any, None).0, Verdict::Allow);
+            }
+        }
+        // A name that may be asked for opens nothing.
+        let claims = Claims::only(Claim::new(name.unwrap(), NOW + 1));
+        let asked = Fixed { claims, workload: OWN, ..with(Entry::new(Entries::Asked, DENY), view(DENY)) };
+        assert_eq!(decide(&asked, &flow(Protocol::TCP, 443)).reason, Reason::NoRule);
+        let (of_view, settings) = view(DENY);
+        let audited = Fixed {
+            with_audit: Some((of_view, settings.with_named_queries())),
+            ..with(Entry::new(range, DENY), view(DENY))
+        };
+        assert_eq!(queries(&audited, place), Queries::Reported);
+        assert_eq!(answered(&audited, other), (Verdict::WouldDeny, Reason::DnsQuery));
+        assert_eq!(answered(&audited, name).0, Verdict::Allow);
+        // Without rules to read, and without a place, it is refused; who is exempt may ask anything.
+        let none = Fixed::default();
+        assert_eq!((queries(&none, place), decide_query(&none, place, name)), (Queries::Named, Decision::FAULT));
+        assert_eq!(queries(&audited, Place::Unknown), Queries::Named);
+        assert_eq!(decide_query(&audited, Place::Unknown, name), Decision::UNKNOWN_WORKLOAD);
+        assert_eq!(queries(&none, Place::Exempt), Queries::Any);
+        assert_eq!(decide_query(&none, Place::Exempt, None).verdict, Verdict::Allow);
     }
 
     #[test]

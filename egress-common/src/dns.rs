@@ -1,4 +1,4 @@
-//! DNS responses (RFC 1035), as far as names are learnt from them: what was asked, and which addresses were the answer.
+//! Messages of DNS (RFC 1035), as far as names are learnt from them, or judged: what is asked, and which addresses are the answer.
 //!
 //! The question decides: whatever aliases lead from it to an address, the address is an answer for the name that was asked. What
 //! is malformed, or longer than anything real, is never learnt from; what stood before it in the same message may have been.
@@ -88,13 +88,20 @@ pub enum NameEnd {
     Ending,
 }
 
+/// The one question of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Question {
+    /// Bytes of the name that is asked for, its last one included.
+    pub name: u32,
+}
+
 /// What stands before the records of a response to one question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Response {
+    /// What was asked.
+    pub question: Question,
     /// Records of the answer section.
     pub answers: u16,
-    /// Bytes of the name that was asked for, its last one included.
-    pub name: u32,
 }
 
 impl Response {
@@ -110,20 +117,48 @@ impl Response {
         if !is_answer || questions_high != 0 || questions != 1 {
             return None;
         }
+        let question = Question::read(message)?;
+        Some(Self { question, answers: u16::from_be_bytes(answers) })
+    }
+}
+
+impl Question {
+    /// Reads the question of a query. `None` if it is none: something else, not exactly one question, records other than
+    /// additional ones, or not all there.
+    ///
+    /// Additional records (EDNS, signatures) are for the server that is asked, which does not pass them on.
+    #[inline(always)]
+    pub fn of_query<M: Message>(message: &M) -> Option<Self> {
+        let [_, _, flags, _, questions_high, questions, answers_high, answers, authorities_high, authorities] =
+            message.load::<10>(0)?;
+        // `QR`, and `OPCODE` a standard query.
+        let is_query = flags & 0xf8 == 0 && questions_high == 0 && questions == 1;
+        if !is_query || answers_high | answers | authorities_high | authorities != 0 {
+            return None;
+        }
+        let question = Self::read(message)?;
+        // A name that is asked for nothing in no class is half a question.
+        message.load::<1>(question.end() - 1)?;
+        Some(question)
+    }
+
+    /// Looks how long the name is.
+    #[inline(always)]
+    fn read<M: Message>(message: &M) -> Option<Self> {
         let end = message.end_of_name(HEADER);
         let name = end.offset()? - HEADER;
         // There is nothing before the question that it could point to, and the root has no address.
         let is_name = !end.is_compressed() && name > 1;
-        is_name.then_some(Self { answers: u16::from_be_bytes(answers), name })
+        is_name.then_some(Self { name })
     }
 
-    /// Where the records begin: after the name, its type and its class.
+    /// Where records begin: after the name, its type and its class.
     #[inline(always)]
-    pub const fn records_at(&self) -> u32 {
+    pub const fn end(&self) -> u32 {
         HEADER + self.name + 4
     }
 
-    /// Writes the name that was asked for as a key. `false` if it has a byte that no host name has: patterns have none such,
+    /// Writes the name as a key. `false` if it has a byte that no host name has: patterns have none such,
     /// and a dot within a label must not pass for one between labels.
     #[inline(always)]
     pub fn write_key<M: Bytes>(&self, message: &M, key: &mut NameKey) -> bool {
@@ -345,7 +380,7 @@ mod tests {
     /// All addresses of a response, with how long they hold, up to what is malformed.
     fn addresses(message: &Datagram) -> Vec<(IpAddr, u32)> {
         let Some(response) = Response::read(message) else { return vec![] };
-        let (mut found, mut offset) = (vec![], response.records_at());
+        let (mut found, mut offset) = (vec![], response.question.end());
         for _ in 0..response.answers {
             let Some(record) = Record::read(message, offset) else { break };
             found.extend(record.address.map(|address| (address.to_ip(), record.ttl)));
@@ -356,7 +391,7 @@ mod tests {
 
     fn key(message: &Datagram) -> Option<NameKey> {
         let (response, mut key) = (Response::read(message)?, NameKey::EMPTY);
-        response.write_key(message, &mut key).then_some(key)
+        response.question.write_key(message, &mut key).then_some(key)
     }
 
     #[test]
@@ -391,6 +426,39 @@ mod tests {
         }
         // The root.
         assert!(Response::read(&response(&[0], &[])).is_none());
+    }
+
+    /// A query for a name, with what comes after its type and class.
+    fn query(question: &[u8], rest: &[u8]) -> Datagram {
+        Datagram([&[0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0][..], question, &[0, 1, 0, 1], rest].concat())
+    }
+
+    #[test]
+    fn a_query_asks_for_one_name() {
+        let asked = |message: &Datagram| {
+            let (question, mut key) = (Question::of_query(message)?, NameKey::EMPTY);
+            question.write_key(message, &mut key).then_some(key)
+        };
+        let good = query(&name("WWW.example.com"), &[]);
+        assert!(asked(&good) == NameKey::of("www.example.com", NameEnd::Exact));
+        // With EDNS, with checking disabled, without recursion.
+        for (at, value) in [(11, 1), (3, 0x10), (2, 0)] {
+            let mut bytes = good.0.clone();
+            bytes[at] = value;
+            assert!(asked(&Datagram(bytes)).is_some(), "{at} {value}");
+        }
+        // A response, an update, no question, two, 256, an answer, and an authority.
+        for (at, value) in [(2, 0x81), (2, 0x28), (5, 0), (5, 2), (4, 1), (7, 1), (6, 1), (9, 1), (8, 1)] {
+            let mut bytes = good.0.clone();
+            bytes[at] = value;
+            assert!(Question::of_query(&Datagram(bytes)).is_none(), "{at} {value}");
+        }
+        for end in 0..good.0.len() {
+            assert!(Question::of_query(&Datagram(good.0[..end].to_vec())).is_none(), "{end}");
+        }
+        for question in [&[0][..], &[0xc0, 12], &[1, b'a', 0xc0, 12], &[64, b'a', 0], &[0x41, b'a', 0]] {
+            assert!(asked(&query(question, &[0; 64])).is_none(), "{question:?}");
+        }
     }
 
     #[test]
@@ -455,9 +523,9 @@ mod tests {
         fn any_bytes_can_be_read(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
             let message = Datagram(bytes);
             if let Some(found) = Response::read(&message) {
-                prop_assert!(found.records_at() as usize <= message.0.len() + 4);
+                prop_assert!(found.question.end() as usize <= message.0.len() + 4);
                 let mut key = NameKey::EMPTY;
-                if found.write_key(&message, &mut key) {
+                if found.question.write_key(&message, &mut key) {
                     let name = key.as_bytes_of_name();
                     prop_assert_eq!(name.iter().position(|&byte| byte == 0), Some(name.len() - 1));
                 }

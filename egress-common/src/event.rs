@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::{Address, Decision, Flow, Hook, Protocol, Reason, RuleId, SocketKind, UnknownCode, Verdict};
+use crate::{Address, Decision, Flow, Hook, NameKey, Protocol, Reason, RuleId, SocketKind, UnknownCode, Verdict};
 
 /// Length of a task's name, `TASK_COMM_LEN` of `linux/sched.h`, with its final zero.
 pub const COMM_LEN: usize = 16;
@@ -23,6 +23,47 @@ pub struct Process {
     pub gid: u32,
     /// Name of the thread, padded with zeros.
     pub comm: [u8; COMM_LEN],
+}
+
+/// What is known of a socket whose questions to servers of DNS are judged: an element of the `QUESTIONED` storage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub struct Questioner {
+    process: Process,
+    is_judged: u32,
+    is_lost: u32,
+}
+
+impl Questioner {
+    /// A task that connects it to a server, or sends to one; `is_judged` if from then on nothing leaves without being judged.
+    #[inline(always)]
+    pub const fn new(process: Process, is_judged: bool) -> Self {
+        Self { process, is_judged: is_judged as u32, is_lost: 0 }
+    }
+
+    /// The task.
+    #[inline(always)]
+    pub const fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Whether everything that it sent since was judged.
+    #[inline(always)]
+    pub const fn is_judged(&self) -> bool {
+        self.is_judged != 0
+    }
+
+    /// Whether it is no longer known where in its stream a message begins.
+    #[inline(always)]
+    pub const fn is_lost(&self) -> bool {
+        self.is_lost != 0
+    }
+
+    /// It is no longer known.
+    #[inline(always)]
+    pub const fn lose(&mut self) {
+        self.is_lost = 1;
+    }
 }
 
 /// One record of the `EVENTS` ring buffer.
@@ -46,7 +87,41 @@ pub struct Event {
     reserved: [u8; 3],
 }
 
+/// The record of [`Hook::Query`] where the name that was asked for can be read; an [`Event`] where it cannot.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct QueryEvent {
+    event: Event,
+    name: NameKey,
+    reserved: u32,
+}
+
+impl QueryEvent {
+    /// Writes it to where it is to stand: it is too large for the stack of a kernel program.
+    ///
+    /// # Safety
+    ///
+    /// `place` is valid for writes.
+    #[inline(always)]
+    pub unsafe fn write(place: *mut Self, event: Event, name: &NameKey) {
+        // SAFETY: the caller's.
+        unsafe {
+            (&raw mut (*place).event).write(event);
+            (&raw mut (*place).name).copy_from_nonoverlapping(name, 1);
+            (&raw mut (*place).reserved).write(0);
+        }
+    }
+}
+
 impl Event {
+    /// A record of the `EVENTS` ring buffer, with the name that was asked for; `None` if it is of another version.
+    pub fn read(record: &[u8]) -> Option<(Self, Option<NameKey>)> {
+        match QueryEvent::read_from_bytes(record) {
+            Ok(QueryEvent { event, name, .. }) => Some((event, Some(name))),
+            Err(_) => Some((Self::read_from_bytes(record).ok()?, None)),
+        }
+    }
+
     /// What a hook saw and what was decided.
     #[inline(always)]
     pub fn new(time: u64, process: Process, hook: Hook, flow: &Flow, decision: &Decision) -> Self {
@@ -128,15 +203,19 @@ impl Event {
     }
 }
 
+const _: () = assert!(size_of::<Questioner>() == 48);
 const _: () = assert!(size_of::<Process>() == 40 && align_of::<Process>() == 8);
 const _: () = assert!(size_of::<Event>() == 80 && align_of::<Event>() == 8);
+const _: () = assert!(size_of::<QueryEvent>() == 344 && align_of::<QueryEvent>() == 8);
 
 #[cfg(test)]
 mod tests {
     use core::{net::IpAddr, num::NonZeroU32};
 
+    use zerocopy::FromZeros as _;
+
     use super::*;
-    use crate::{Place, Refusal};
+    use crate::{NameEnd, Place, Refusal};
 
     fn event() -> Event {
         let process = Process { cgroup_id: 1, pid: 2, tid: 3, uid: 4, gid: 5, comm: *b"ratings\0\0\0\0\0\0\0\0\0" };
@@ -163,10 +242,21 @@ mod tests {
     }
 
     #[test]
+    fn a_question_is_reported_with_its_name() {
+        let (event, name) = (event(), NameKey::of("www.example.com", NameEnd::Exact).unwrap());
+        let mut record = QueryEvent::new_zeroed();
+        // SAFETY: it is there.
+        unsafe { QueryEvent::write(&raw mut record, event, &name) };
+        let (read, asked) = Event::read(record.as_bytes()).unwrap();
+        assert!(read == event && asked == Some(name));
+        assert!(Event::read(event.as_bytes()).unwrap() == (event, None));
+    }
+
+    #[test]
     fn a_truncated_event_is_not_read() {
         let event = event();
         for length in 0..size_of::<Event>() {
-            assert!(Event::read_from_bytes(&event.as_bytes()[..length]).is_err(), "{length} bytes");
+            assert!(Event::read(&event.as_bytes()[..length]).is_none(), "{length} bytes");
         }
     }
 }

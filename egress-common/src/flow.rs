@@ -31,6 +31,8 @@ coded_enum! {
         Bind6 = 11 => "bind6",
         /// `cgroup_skb/ingress`: learns from answers of DNS, and judges nothing.
         Ingress = 12 => "ingress",
+        /// `cgroup_skb/egress`: judges questions to servers of DNS.
+        Query = 13 => "query",
     }
 }
 

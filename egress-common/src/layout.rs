@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{Hook, Lesson, Lifetime, Reason, Verdict};
 
 /// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Most scopes at a time, those of a change that is being made included.
 pub const MAX_SCOPES: u32 = 4096;
@@ -56,9 +56,11 @@ pub mod map {
     pub const ASKED: &str = "ASKED";
     /// Storage of sockets: [`crate::Stream`].
     pub const STREAMS: &str = "STREAMS";
+    /// Storage of sockets: [`crate::Questioner`].
+    pub const QUESTIONED: &str = "QUESTIONED";
     /// Per-CPU array: where messages of DNS are read.
     pub const SCRATCH: &str = "SCRATCH";
-    /// Ring buffer of [`crate::Event`].
+    /// Ring buffer of [`crate::Event`] and [`crate::QueryEvent`].
     pub const EVENTS: &str = "EVENTS";
     /// Per-CPU array of counters, by [`crate::Counter`].
     pub const STATS: &str = "STATS";
@@ -66,16 +68,16 @@ pub mod map {
     pub const META: &str = "META";
 
     /// Every map.
-    pub const ALL: [&str; 18] = [
+    pub const ALL: [&str; 19] = [
         WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, NAME_IDS, NAMES, HOSTS, QUOTAS, RESOLVERS, NETNS, ASKED,
-        STREAMS, SCRATCH, EVENTS, STATS, META,
+        STREAMS, QUESTIONED, SCRATCH, EVENTS, STATS, META,
     ];
 }
 
 /// Codes of verdicts, reasons and hooks are below these.
 const VERDICTS: u32 = 3;
 const REASONS: u32 = 9;
-const HOOKS: u32 = 13;
+const HOOKS: u32 = 14;
 const LESSONS: u32 = 11;
 
 /// An element of the `STATS` map.

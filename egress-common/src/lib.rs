@@ -33,24 +33,26 @@ mod workload;
 
 pub use address::{Address, PrefixKey};
 pub use decide::{
-    NamedRules, Rules, decide, decide_bypass, decide_dns_service, decide_socket, find_segment, remembers_peers,
-    rule_by_name, serves_dns,
+    NamedRules, Queries, Rules, decide, decide_bypass, decide_dns_service, decide_query, decide_socket, find_segment,
+    queries, remembers_peers, rule_by_name, serves_dns,
 };
-pub use dns::{EndOfName, KEY_BYTES, Message, NameEnd, NameKey, Record, Response, end_of_name};
-pub use event::{COMM_LEN, Event, Process};
+pub use dns::{EndOfName, KEY_BYTES, Message, NameEnd, NameKey, Question, Record, Response, end_of_name};
+pub use event::{COMM_LEN, Event, Process, QueryEvent, Questioner};
 pub use flow::{Flow, Hook, Protocol, Scope, View};
 pub use layout::{
     ABI_VERSION, Counter, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MAX_NETNS, MAX_RESOLVERS, MAX_SCOPES, MAX_USERS, Meta,
     map,
 };
 pub use names::{Asked, Claim, ClaimPlace, Claims, FactKey, Lesson, Lifetime, MOST_CLAIMS, NameId, ResolverKey};
-pub use packet::{Arrived, Bytes, Checksum, DNS_PORT, Packet, Way, answer_v4, answer_v6, way_v4, way_v6};
+pub use packet::{
+    Arrived, Bytes, Checksum, DNS_PORT, Packet, Sent, Way, answer_v4, answer_v6, sent_v4, sent_v6, way_v4, way_v6,
+};
 pub use peers::{Peers, REPLY_SECONDS};
 pub use reserved::Reserved;
 pub use rule::{Action, Entries, Entry, RuleId, Segment, SegmentList};
 pub use settings::{Refusal, Settings};
 pub use socket::{SocketKind, SocketKinds};
-pub use stream::{Arrival, LONGEST_MESSAGE, MOST_AT_ONCE, Step, Stream};
+pub use stream::{Arrival, Framed, LONGEST_MESSAGE, MOST_AT_ONCE, Step, Stream, framed};
 pub use verdict::{Decision, Reason, Verdict};
 pub use workload::{ELSEWHERE, MAX_LEVEL, Place, Placement, SHARED, Seat, Task, UserKey, Workloads, place, workload};
 
@@ -62,7 +64,7 @@ pub struct UnknownCode(pub u8);
 macro_rules! coded_enum {
     ($(#[$meta:meta])* $vis:vis enum $name:ident { $($(#[$variant_meta:meta])* $variant:ident = $code:literal => $text:literal,)+ }) => {
         $(#[$meta])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u8)]
         $vis enum $name { $($(#[$variant_meta])* $variant = $code,)+ }
 

@@ -256,7 +256,7 @@ coded_enum! {
         Crowded = 6 => "crowded",
         /// A packet from port 53 to a socket that asked nobody, or from somebody whom it did not ask.
         Unasked = 7 => "unasked",
-        /// Another message was read on the same processor at the same time.
+        /// Others were read on the same processor at the same time: there was no room to read one more.
         Interrupted = 8 => "interrupted",
         /// A datagram whose checksum is wrong.
         Checksum = 9 => "wrong_checksum",

@@ -1,5 +1,5 @@
-//! Packets whose way differs from what their destination says. For the packet guard: no list of addresses, only what no
-//! look-up of a destination can see.
+//! Headers of packets: those whose way differs from what their destination says, for the packet guard, which has no list of
+//! addresses, only what no look-up of a destination can see; and those that carry questions and answers of DNS.
 
 use crate::{Address, LONGEST_MESSAGE, Protocol};
 
@@ -94,21 +94,83 @@ pub fn way_v6<P: Packet>(packet: &P) -> Option<Way> {
 /// Whether the extension headers of an IPv6 packet name hosts to go by, or cannot be read.
 #[inline(always)]
 fn routes_v6<P: Packet>(packet: &P, mut next: u8) -> bool {
-    let mut offset = 40;
+    let mut offset = V6_HEADER;
     for _ in 0..MOST_HEADERS {
         let unit = match next {
             ROUTING => return true,
-            HOP_BY_HOP | DESTINATION_OPTIONS => 8,
-            AUTHENTICATION => 4,
-            FRAGMENT => 0,
-            _ => return false,
+            _ => match unit_of(next) {
+                Some(unit) => unit,
+                None => return false,
+            },
         };
         let Some([following, length]) = packet.load(offset) else { return true };
-        // Counted without the first eight bytes; in a fragment header the length is reserved.
-        offset += 8 + u32::from(length) * unit;
+        offset += FIRST_UNIT + u32::from(length) * unit;
         next = following;
     }
     true
+}
+
+/// Bytes of the header of IPv6.
+const V6_HEADER: u32 = 40;
+/// Bytes of an extension header that its length does not count.
+const FIRST_UNIT: u32 = 8;
+
+/// How many bytes the length of an extension header counts in; `None` if it is none. In a fragment header the length is reserved.
+#[inline(always)]
+const fn unit_of(header: u8) -> Option<u32> {
+    match header {
+        ROUTING | HOP_BY_HOP | DESTINATION_OPTIONS => Some(8),
+        AUTHENTICATION => Some(4),
+        FRAGMENT => Some(0),
+        _ => None,
+    }
+}
+
+/// A packet on its way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sent {
+    /// Where it goes.
+    pub destination: Address,
+    /// What it carries.
+    pub protocol: Protocol,
+    /// Where the header of that begins.
+    pub transport: u32,
+    /// It is a part of a packet. The kernel cuts packets only later, so somebody else made it.
+    pub is_part: bool,
+}
+
+/// Reads an IPv4 packet; `None` if that cannot be done.
+#[inline(always)]
+pub fn sent_v4<B: Bytes>(packet: &B) -> Option<Sent> {
+    let [version_and_length, .., part_high, part, _, protocol] = packet.load::<10>(0)?;
+    // More parts follow, or this is not the first (RFC 791, 3.1).
+    let is_part = part_high & 0x3f | part != 0;
+    let destination = Address::from_network_v4(u32::from_ne_bytes(packet.load(16)?));
+    let protocol = Protocol::from_kernel(protocol.into());
+    Some(Sent { destination, protocol, transport: u32::from(version_and_length & 0xf) * 4, is_part })
+}
+
+/// Reads an IPv6 packet, behind whatever extension headers; `None` if that cannot be done.
+#[inline(always)]
+pub fn sent_v6<B: Bytes>(packet: &B) -> Option<Sent> {
+    let [mut next] = packet.load(6)?;
+    let destination = Address::from_network_bytes(packet.load(24)?);
+    let (mut offset, mut is_part) = (V6_HEADER, false);
+    for _ in 0..MOST_HEADERS {
+        let Some(unit) = unit_of(next) else {
+            return Some(Sent {
+                destination,
+                protocol: Protocol::from_kernel(next.into()),
+                transport: offset,
+                is_part,
+            });
+        };
+        is_part |= next == FRAGMENT;
+        let [following, length] = packet.load(offset)?;
+        offset += FIRST_UNIT + u32::from(length) * unit;
+        next = following;
+    }
+    None
 }
 
 /// The port of servers of DNS.
@@ -142,7 +204,7 @@ pub fn answer_v4<B: Bytes>(packet: &B) -> Option<Arrived> {
 #[inline(always)]
 pub fn answer_v6<B: Bytes>(packet: &B) -> Option<Arrived> {
     let [next] = packet.load(6)?;
-    let (protocol, transport) = from_dns(packet, next, 40)?;
+    let (protocol, transport) = from_dns(packet, next, V6_HEADER)?;
     let (source, destination): ([u8; 16], [u8; 16]) = (packet.load(8)?, packet.load(24)?);
     let sum = Checksum::new(protocol).with(source).with(destination);
     Some(Arrived { source: Address::from_network_bytes(source), protocol, transport, sum })
@@ -319,6 +381,29 @@ mod tests {
             let cut = Sent { bytes: packet.bytes[..20 + options.len()].to_vec(), ..packet };
             assert!(is_bypass(way_v4(&cut)), "{options:?}");
         }
+    }
+
+    #[test]
+    fn what_a_packet_carries_is_found_behind_headers() {
+        let carried =
+            |sent: Option<super::Sent>| sent.map(|sent| (sent.protocol.number(), sent.transport, sent.is_part));
+        let mut packet = v4([192, 0, 2, 1], &[1, 1, 1, 1]);
+        packet.bytes[9] = 17;
+        assert_eq!(sent_v4(&packet).unwrap().destination.to_ip(), "192.0.2.1".parse::<IpAddr>().unwrap());
+        assert_eq!(carried(sent_v4(&packet)), Some((17, 24, false)));
+        // Not to be cut, and the first, the second and a later part of one that is.
+        for (flags, low, is_part) in [(0x40, 0, false), (0x20, 0, true), (0x20, 1, true), (0x01, 0, true)] {
+            (packet.bytes[6], packet.bytes[7]) = (flags, low);
+            assert_eq!(sent_v4(&packet).unwrap().is_part, is_part, "{flags} {low}");
+        }
+        let other = |next| [next, 0, 0, 0, 0, 0, 0, 0];
+        let behind = |headers: &[u8]| carried(sent_v6(&v6("2001:db8::5", DESTINATION_OPTIONS, headers)));
+        assert_eq!(behind(&other(17)), Some((17, 48, false)));
+        assert_eq!(behind(&[other(ROUTING), other(AUTHENTICATION), other(6)].concat()), Some((6, 64, false)));
+        assert_eq!(behind(&[other(FRAGMENT), other(17)].concat()), Some((17, 56, true)));
+        assert_eq!(behind(&other(DESTINATION_OPTIONS).repeat(8)), None);
+        assert_eq!(behind(&[17]), None);
+        assert_eq!(carried(sent_v6(&v6("2001:db8::5", 58, &[]))), Some((58, 40, false)));
     }
 
     #[test]

@@ -36,6 +36,7 @@ const KIND_NONE: u8 = 0;
 const KIND_EVERY_PORT: u8 = 1;
 const KIND_RANGE: u8 = 2;
 const KIND_SEGMENTS: u8 = 3;
+const KIND_ASKED: u8 = 4;
 
 /// The value of a policy trie: what rules say of the ports of a prefix, and the default for all that they do not name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -67,6 +68,8 @@ pub enum Entries {
     Range(Segment),
     /// Several ranges are named.
     Segments(SegmentList),
+    /// Of a name: no port is named, but the name may be asked for.
+    Asked,
 }
 
 impl Entry {
@@ -84,6 +87,7 @@ impl Entry {
         };
         match entries {
             Entries::None => none,
+            Entries::Asked => Self { kind: KIND_ASKED, ..none },
             Entries::EveryPort(action, rule) => {
                 Self { kind: KIND_EVERY_PORT, action: action.code(), rule_or_first: rule.0.get(), ..none }
             }
@@ -111,6 +115,7 @@ impl Entry {
     pub fn entries(&self) -> Result<Entries, UnknownCode> {
         match self.kind {
             KIND_NONE => Ok(Entries::None),
+            KIND_ASKED => Ok(Entries::Asked),
             KIND_EVERY_PORT => {
                 let rule = RuleId::from_field(self.rule_or_first).ok_or(UnknownCode(self.kind))?;
                 Ok(Entries::EveryPort(self.action.try_into()?, rule))
@@ -215,6 +220,7 @@ mod tests {
     fn a_trie_value_gives_back_what_was_put_in() {
         let entries = [
             Entries::None,
+            Entries::Asked,
             Entries::EveryPort(Action::Deny, RULE),
             Entries::Range(Segment::new(Protocol::UDP, 53, 54, Action::Allow, RULE)),
             Entries::Segments(SegmentList { slot: 3, first: 1 << 20, count: 131_072 }),

@@ -32,23 +32,40 @@ impl Refusal {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Settings {
-    is_there: u8,
+    flags: u8,
     default: u8,
     replies: u8,
     refusal: u8,
     sockets: u16,
-    serves_dns: u8,
-    reserved: u8,
+    reserved: [u8; 2],
 }
+
+/// There is such a view.
+const THERE: u8 = 1;
+/// Its workloads resolve names for the whole host.
+const DNS_SERVICE: u8 = 1 << 1;
+/// They may ask only for names that rules know.
+const NAMED_QUERIES: u8 = 1 << 2;
+/// Its rules name names.
+const NAMES: u8 = 1 << 3;
 
 impl Settings {
     /// The element of a view that is not there.
-    pub const ABSENT: Self =
-        Self { is_there: 0, default: 0, replies: 0, refusal: 0, sockets: 0, serves_dns: 0, reserved: 0 };
+    pub const ABSENT: Self = Self { flags: 0, default: 0, replies: 0, refusal: 0, sockets: 0, reserved: [0; 2] };
 
     /// With this default; replies are allowed, sockets beyond TCP and UDP are not, and refused calls return `EPERM`.
     pub const fn new(default: Action) -> Self {
-        Self { is_there: 1, default: default.code(), replies: Action::Allow.code(), ..Self::ABSENT }
+        Self { flags: THERE, default: default.code(), replies: Action::Allow.code(), ..Self::ABSENT }
+    }
+
+    #[inline(always)]
+    const fn with(self, flag: u8) -> Self {
+        Self { flags: self.flags | flag, ..self }
+    }
+
+    #[inline(always)]
+    const fn has(self, flag: u8) -> bool {
+        self.flags & flag != 0
     }
 
     /// With this answer to datagrams back to a peer that the socket has received from.
@@ -72,19 +89,43 @@ impl Settings {
     /// Of workloads that resolve names for the whole host.
     #[must_use]
     pub const fn with_dns_service(self) -> Self {
-        Self { serves_dns: 1, ..self }
+        self.with(DNS_SERVICE)
+    }
+
+    /// Of workloads that may ask servers of DNS only for names that rules know.
+    #[must_use]
+    pub const fn with_named_queries(self) -> Self {
+        self.with(NAMED_QUERIES)
+    }
+
+    /// Beside rules that name names.
+    #[must_use]
+    pub const fn with_names(self) -> Self {
+        self.with(NAMES)
     }
 
     /// Whether its workloads resolve names for the whole host: they may serve DNS, and what they learn counts for everybody.
     #[inline(always)]
     pub const fn serves_dns(&self) -> bool {
-        self.serves_dns != 0
+        self.has(DNS_SERVICE)
+    }
+
+    /// Whether its workloads may ask servers of DNS only for names that rules know.
+    #[inline(always)]
+    pub const fn asks_only_named(&self) -> bool {
+        self.has(NAMED_QUERIES)
+    }
+
+    /// Whether its rules name names, so that it matters what was learnt of them.
+    #[inline(always)]
+    pub const fn has_names(&self) -> bool {
+        self.has(NAMES)
     }
 
     /// Whether there is such a view.
     #[inline(always)]
     pub const fn is_there(&self) -> bool {
-        self.is_there != 0
+        self.has(THERE)
     }
 
     /// What happens to what no rule names.
@@ -132,5 +173,7 @@ mod tests {
         assert_eq!((settings.sockets(), settings.refusal()), (sockets, Ok(Refusal::Ehostunreach)));
         assert_eq!(Settings::new(Action::Allow).replies(), Ok(Action::Allow));
         assert!(settings.with_dns_service().serves_dns() && !settings.serves_dns());
+        assert!(settings.with_named_queries().asks_only_named() && !settings.asks_only_named());
+        assert!(settings.with_names().has_names() && !settings.has_names());
     }
 }

@@ -5,6 +5,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::Bytes;
+
 /// Bytes of the longest message that is looked at.
 pub const LONGEST_MESSAGE: u32 = 4094;
 /// Bytes of the length before a message.
@@ -150,6 +152,31 @@ impl Stream {
     }
 }
 
+/// What some bytes of a stream begin with, where messages are looked at only as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framed {
+    /// A message of so many bytes, after the two of its length.
+    Whole(u32),
+    /// A part of one, of which more may follow.
+    Part,
+    /// One that is longer than is looked at.
+    TooLong,
+}
+
+/// Looks at the first of `left` bytes that begin at `at`.
+#[inline(always)]
+pub fn framed<B: Bytes>(bytes: &B, at: u32, left: u32) -> Framed {
+    let Some(length) = bytes.load::<2>(at) else { return Framed::Part };
+    let length = u32::from(u16::from_be_bytes(length));
+    if length > LONGEST_MESSAGE {
+        Framed::TooLong
+    } else if left < PREFIX + length {
+        Framed::Part
+    } else {
+        Framed::Whole(length)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
@@ -181,7 +208,7 @@ mod tests {
         messages
     }
 
-    fn framed(messages: &[Vec<u8>]) -> Vec<u8> {
+    fn framed_bytes(messages: &[Vec<u8>]) -> Vec<u8> {
         messages.iter().flat_map(|m| [&u16::try_from(m.len()).unwrap().to_be_bytes()[..], m].concat()).collect()
     }
 
@@ -200,6 +227,27 @@ mod tests {
         // Somebody who guesses that it is about to be opened comes too late.
         assert_eq!(stream.arrive(7000, true, 0), Arrival::Old);
         assert_eq!(stream.arrive(109, false, 1), Arrival::Next(0));
+    }
+
+    struct Sent(Vec<u8>);
+
+    impl Bytes for Sent {
+        fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+            self.0.get(offset as usize..)?.first_chunk().copied()
+        }
+    }
+
+    #[test]
+    fn a_message_is_whole_only_when_its_last_byte_is_there() {
+        for length in [0, 1, 40, 4094] {
+            let bytes = Sent([&[7, 7, 7][..], &framed_bytes(&[vec![9; length]])].concat());
+            let all = u32::try_from(length).unwrap() + PREFIX;
+            assert_eq!(framed(&bytes, 3, all), Framed::Whole(all - PREFIX));
+            assert_eq!(framed(&bytes, 3, all + 1), Framed::Whole(all - PREFIX));
+            assert_eq!(framed(&bytes, 3, all - 1), Framed::Part);
+        }
+        assert_eq!(framed(&Sent(vec![0]), 0, 1), Framed::Part);
+        assert_eq!(framed(&Sent(vec![0x0f, 0xff]), 0, 2), Framed::TooLong);
     }
 
     #[test]
@@ -230,7 +278,7 @@ mod tests {
             let messages: Vec<Vec<u8>> = messages.iter().enumerate().map(|(i, &length)| {
                 (0..length).map(|j| u8::try_from((i * 7 + j) % 251).unwrap()).collect()
             }).collect();
-            let bytes = framed(&messages);
+            let bytes = framed_bytes(&messages);
             let (mut stream, mut heard, mut reached) = (opened(start), vec![], 0);
             let mut send = |from: usize, to: usize, reached: &mut usize| {
                 let sequence = start.wrapping_add(u32::try_from(from).unwrap());

@@ -30,6 +30,8 @@ coded_enum! {
         UnknownWorkload = 4 => "unknown_workload",
         /// A socket of a protocol that rules cannot judge.
         SocketKind = 5 => "socket_kind",
+        /// A question to a server of DNS for a name that no rule knows, or that cannot be read.
+        DnsQuery = 6 => "dns_query",
         /// The rules could not be read; see the failure table of the documentation.
         Fault = 7 => "fault",
         /// Packets would go elsewhere than to the destination that rules judge, or claim to come from somebody else.

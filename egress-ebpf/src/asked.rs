@@ -1,5 +1,5 @@
-//! Who may be asked for names, and which sockets asked: the `RESOLVERS` and `NETNS` maps, and the `ASKED` and `STREAMS`
-//! storage of sockets.
+//! Who may be asked for names, and which sockets asked: the `RESOLVERS` and `NETNS` maps, and the `ASKED`, `QUESTIONED` and
+//! `STREAMS` storage of sockets.
 //!
 //! An answer is believed on a socket that asked its sender, by an address that is in the policy, from a network namespace in
 //! which that address is who it seems to be.
@@ -7,18 +7,20 @@
 use aya_ebpf::{
     bindings::__sk_buff,
     btf_maps::{HashMap, SkStorage},
-    helpers::generated::{bpf_get_netns_cookie, bpf_sk_fullsock, bpf_sk_storage_get},
+    helpers::generated::{bpf_get_netns_cookie, bpf_setsockopt, bpf_sk_fullsock, bpf_sk_storage_get},
     macros::btf_map,
     programs::SockAddrContext,
 };
 use egress_common::{
-    Address, Asked, DNS_PORT, Flow, MAX_NETNS, MAX_RESOLVERS, Place, Protocol, ResolverKey, SHARED, Stream, serves_dns,
+    Address, Asked, DNS_PORT, Flow, MAX_NETNS, MAX_RESOLVERS, Place, Protocol, Queries, Questioner, ResolverKey,
+    SHARED, Stream, queries, serves_dns,
 };
 
-use crate::{rules::Maps, workloads};
-
-/// `BPF_F_NO_PREALLOC` of `linux/bpf.h`.
-const NO_PREALLOC: usize = 1;
+use crate::{
+    events,
+    rules::Maps,
+    workloads::{self, NO_PREALLOC},
+};
 
 #[btf_map]
 static RESOLVERS: HashMap<ResolverKey, u32, { MAX_RESOLVERS as usize }, NO_PREALLOC> = HashMap::new();
@@ -29,8 +31,47 @@ static NETNS: HashMap<u64, u32, { MAX_NETNS as usize }, NO_PREALLOC> = HashMap::
 #[btf_map]
 static ASKED: SkStorage<Asked> = SkStorage::new();
 
+/// `IPPROTO_TCP` of `linux/in.h`, as a level of options, and `TCP_USER_TIMEOUT` of `linux/tcp.h`, in milliseconds.
+const IPPROTO_TCP: i32 = 6;
+const TCP_USER_TIMEOUT: i32 = 18;
+/// How long a connection may try to send what is refused.
+const PATIENCE: u32 = 3_000;
+
+/// Who asked last, where questions are judged.
+#[btf_map]
+static QUESTIONED: SkStorage<Questioner> = SkStorage::new();
+
 #[btf_map]
 static STREAMS: SkStorage<Stream> = SkStorage::new();
+
+/// What becomes of questions of a socket that is about to ask a server of DNS. It is marked, where they are judged; where they can be
+/// refused and that fails, it may not ask.
+#[inline(always)]
+pub(crate) fn question(ctx: &SockAddrContext, flow: &Flow) -> Result<Queries, ()> {
+    if flow.port != DNS_PORT || !flow.protocol.is_judged() {
+        return Ok(Queries::Any);
+    }
+    let what = queries(&Maps::of(ctx), flow.place);
+    if what == Queries::Any {
+        return Ok(what);
+    }
+    // SAFETY: as in `peers`; where the socket is not locked, of two users who ask by it at a time both are judged as one.
+    match unsafe { QUESTIONED.get_or_insert_ptr_mut(ctx, None).as_mut() } {
+        Some(questioner) => *questioner = Questioner::new(events::current(), what == Queries::Named),
+        None if what == Queries::Named => return Err(()),
+        None => {}
+    }
+    Ok(what)
+}
+
+/// Lets a connection fail that cannot send what was written to it: the kernel would try for a quarter of an hour to send a
+/// question that is refused. From the hooks of `connect` alone.
+#[inline(always)]
+pub(crate) fn give_up_soon(ctx: &SockAddrContext) {
+    let mut patience = PATIENCE;
+    // SAFETY: the helper takes a valid context and a value of four bytes. Where it fails, it takes longer.
+    unsafe { bpf_setsockopt(ctx.sock_addr.cast(), IPPROTO_TCP, TCP_USER_TIMEOUT, (&raw mut patience).cast(), 4) };
+}
 
 /// Marks a socket that is about to ask a resolver.
 #[inline(always)]
@@ -82,12 +123,12 @@ pub(crate) fn by(skb: *mut __sk_buff, sender: Address) -> Option<u64> {
     asked.has(sender).then(|| asked.workload())
 }
 
-/// For whom the socket of a packet asked last.
+/// Who asked last by the socket of a packet, where questions are judged; `None` if nobody has asked by it.
 #[inline(always)]
-pub(crate) fn asker(skb: *mut __sk_buff) -> u64 {
-    let asked: *mut Asked = storage(skb, (&raw const ASKED).cast());
+pub(crate) fn questioner<'a>(skb: *mut __sk_buff) -> Option<&'a mut Questioner> {
+    let questioner: *mut Questioner = storage(skb, (&raw const QUESTIONED).cast());
     // SAFETY: as in `by`.
-    unsafe { asked.as_ref() }.map_or(0, Asked::workload)
+    unsafe { questioner.as_mut() }
 }
 
 /// The stream that the socket of a packet receives.

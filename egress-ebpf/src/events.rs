@@ -6,11 +6,13 @@ use aya_ebpf::{
     macros::btf_map,
     programs::SkBuffContext,
 };
-use egress_common::{COMM_LEN, Counter, Decision, Event, Flow, Hook, Process, SocketKind, Verdict};
+use egress_common::{
+    COMM_LEN, Counter, Decision, Event, Flow, Hook, NameKey, Process, QueryEvent, SocketKind, Verdict,
+};
 
-use crate::{clock, stats, workloads};
+use crate::{asked, clock, stats, workloads};
 
-/// Bytes, a power of two; room for about 11,000 reports that the agent has not read yet.
+/// Bytes, a power of two; room for about 11,000 reports that the agent has not read yet, or 3,000 of questions.
 const CAPACITY: usize = 1 << 20;
 
 #[btf_map]
@@ -36,10 +38,35 @@ pub(crate) fn record_socket(hook: Hook, kind: SocketKind, family: u32, flow: &Fl
 #[inline(always)]
 pub(crate) fn record_packet(ctx: &SkBuffContext, flow: &Flow, decision: &Decision) {
     if is_to_report(Hook::Egress, decision) {
-        let (cgroup_id, uid) = (workloads::cgroup_of(ctx), ctx.get_socket_uid());
-        let sender = Process { cgroup_id, pid: 0, tid: 0, uid, gid: 0, comm: [0; COMM_LEN] };
-        write(&Event::new(clock::nanoseconds(), sender, Hook::Egress, flow, decision));
+        write(&Event::new(clock::nanoseconds(), sender(ctx), Hook::Egress, flow, decision));
     }
+}
+
+/// A question to a server of DNS, with the name that it asks for unless it cannot be read.
+#[inline(always)]
+pub(crate) fn record_question(ctx: &SkBuffContext, flow: &Flow, decision: &Decision, name: *const NameKey) {
+    if !is_to_report(Hook::Query, decision) {
+        return;
+    }
+    let sender = match asked::questioner(ctx.skb.skb) {
+        Some(questioner) => *questioner.process(),
+        None => sender(ctx),
+    };
+    let event = Event::new(clock::nanoseconds(), sender, Hook::Query, flow, decision);
+    // SAFETY: a slot that the caller has, or null.
+    let Some(name) = (unsafe { name.as_ref() }) else { return write(&event) };
+    let Some(mut record) = EVENTS.reserve_untyped::<QueryEvent>(0) else {
+        return stats::add(Counter::EventsLost);
+    };
+    // SAFETY: the record is ours.
+    unsafe { QueryEvent::write(record.as_mut_ptr(), event, name) };
+    record.submit(0);
+}
+
+#[inline(always)]
+fn sender(ctx: &SkBuffContext) -> Process {
+    let (cgroup_id, uid) = (workloads::cgroup_of(ctx), ctx.get_socket_uid());
+    Process { cgroup_id, pid: 0, tid: 0, uid, gid: 0, comm: [0; COMM_LEN] }
 }
 
 /// Counts a decision; tells whether the agent is to hear of it.
@@ -62,7 +89,7 @@ fn write(event: &Event) {
 
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "both helpers return two 32-bit ids in one number")]
-fn current() -> Process {
+pub(crate) fn current() -> Process {
     let (ids, owner) = (bpf_get_current_pid_tgid(), bpf_get_current_uid_gid());
     // SAFETY: the helper takes no arguments and only returns a number.
     let cgroup_id = unsafe { bpf_get_current_cgroup_id() };

@@ -11,5 +11,6 @@ mod cookie;
 mod destinations;
 mod options;
 mod packets;
+mod queries;
 mod replies;
 mod sockets;

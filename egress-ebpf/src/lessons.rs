@@ -1,171 +1,73 @@
-//! Reads messages of DNS and learns from them.
-//!
-//! A message is copied to a place of the processor's own, the `SCRATCH` map, and read there, in functions that are verified
-//! once. Where programs can be preempted, another may come in between and take the place: each message has a token of its own,
-//! and nothing is learnt from a place that has another's.
+//! Learns from answers of DNS.
 
 use core::ptr;
 
-use aya_ebpf::{
-    bindings::__sk_buff,
-    btf_maps::PerCpuArray,
-    helpers::generated::{bpf_get_prandom_u32, bpf_skb_load_bytes},
-    macros::btf_map,
-};
-use egress_common::{
-    Arrived, Bytes, Checksum, Counter, EndOfName, LONGEST_MESSAGE, Lesson, MOST_AT_ONCE, Message, NameId, NameKey,
-    Record, Response, end_of_name,
+use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes};
+use egress_common::{Arrived, Bytes, Checksum, LONGEST_MESSAGE, Lesson, MOST_AT_ONCE, NameId, Record, Response};
+
+use crate::{
+    asked,
+    messages::{self, NO_SLOT, ROOM, Scratched, give_back, known_name, load_message, take_slot},
+    names,
+    packet::Skb,
+    stats::answered,
 };
 
-use crate::{asked, names, packet::Skb, stats};
-
-/// Bytes of a message and of the length before it, a power of two.
-const ROOM: u32 = 4096;
-/// Bytes of the length, which messages in datagrams leave unused.
-const PREFIX: u32 = 2;
-/// The longest field that is read at a time, and then some.
-const SLACK: u32 = 24;
 /// As many records as fit a message: the shortest has 11 bytes.
 const MOST_RECORDS: u32 = 400;
 /// Pieces that one segment is taken in. Two for each message, and a resolver gathers few.
 const MOST_PIECES: u32 = 64;
 
-#[repr(C, align(8))]
-struct Scratch {
-    /// The token of the message.
-    owner: u64,
-    /// What was asked.
-    key: NameKey,
-    reserved: u32,
-    bytes: [u8; (ROOM + SLACK) as usize],
-}
-
-#[btf_map]
-static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
-
-/// A message in [`SCRATCH`].
-struct Scratched {
-    scratch: *mut Scratch,
-    length: u32,
-}
-
-impl Scratched {
-    #[inline(always)]
-    fn of(length: u32) -> Option<Self> {
-        Some(Self { scratch: SCRATCH.get_ptr_mut(0)?, length })
-    }
-
-    #[inline(always)]
-    fn is_of(&self, token: u64) -> bool {
-        // SAFETY: a pointer to this processor's element, which outlives the program.
-        unsafe { ptr::read_volatile(&raw const (*self.scratch).owner) == token }
-    }
-}
-
-impl Bytes for Scratched {
-    #[inline(always)]
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        #[expect(clippy::cast_possible_truncation, reason = "fields are short")]
-        let end = offset
-            + const {
-                assert!(N <= SLACK as usize);
-                N as u32
-            };
-        if end > self.length {
-            return None;
-        }
-        let at = ((offset + PREFIX) & (ROOM - 1)) as usize;
-        // SAFETY: a pointer to this processor's element, which outlives the program; `at` is below `ROOM`, and there are
-        // `SLACK` bytes behind that.
-        Some(unsafe { ptr::read((&raw const (*self.scratch).bytes).cast::<u8>().add(at).cast::<[u8; N]>()) })
-    }
-}
-
-impl Message for Scratched {
-    #[inline(always)]
-    fn end_of_name(&self, offset: u32) -> EndOfName {
-        EndOfName::from_number(find_end_of_name(offset, self.length))
-    }
-}
-
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn find_end_of_name(offset: u32, length: u32) -> u32 {
-    let Some(message) = Scratched::of(length) else { return 0 };
-    end_of_name(&message, offset).number()
-}
-
-#[inline(always)]
-fn ignore(lesson: Lesson) {
-    stats::add(Counter::Answered(lesson));
-}
-
-#[inline(always)]
-fn token() -> u64 {
-    // SAFETY: the helper takes no arguments and only returns a number.
-    let random = || u64::from(unsafe { bpf_get_prandom_u32() });
-    random() << 32 | random()
-}
-
 /// Learns from a datagram that a resolver sent to a workload.
 #[inline(always)]
 pub(crate) fn hear_datagram(skb: Skb, arrived: &Arrived, workload: u64) {
-    let Some(header) = skb.load::<8>(arrived.transport) else { return ignore(Lesson::Malformed) };
+    let Some(header) = skb.load::<8>(arrived.transport) else { return answered(Lesson::Malformed) };
     let [.., high, low, _, _] = header;
     let length = u32::from(u16::from_be_bytes([high, low])).wrapping_sub(8);
     if length > u32::from(u16::MAX) {
-        return ignore(Lesson::Malformed);
+        return answered(Lesson::Malformed);
     }
     if length > LONGEST_MESSAGE {
-        return ignore(Lesson::TooLong);
+        return answered(Lesson::TooLong);
     }
-    let token = token();
-    if load_datagram(skb.0, arrived.transport + 8, length, token) != 0 {
-        return ignore(Lesson::Malformed);
+    let slot = take_slot();
+    if slot == NO_SLOT {
+        return answered(Lesson::Interrupted);
     }
     let sum = arrived.sum.number();
-    if is_summed(u64::from_ne_bytes(header), length, sum) == 0 {
-        return ignore(Lesson::Checksum);
+    if load_message(skb.0, arrived.transport + 8, length, slot) != 0 {
+        answered(Lesson::Malformed);
+    } else if is_summed(slot, u64::from_ne_bytes(header), length, sum) == 0 {
+        answered(Lesson::Checksum);
+    } else {
+        learn(slot, length, workload);
     }
-    learn(length, workload, token);
-}
-
-/// Copies a message of 1 to [`LONGEST_MESSAGE`] bytes; 0 if that went well.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn load_datagram(skb: *mut __sk_buff, at: u32, length: u32, token: u64) -> u32 {
-    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return 1 };
-    // Whatever the caller says, the verifier sees that it fits.
-    let length = (length.wrapping_sub(1) & (ROOM - 1)) + 1;
-    // SAFETY: a pointer to this processor's element, which outlives the program; `ROOM` bytes after the prefix are its own.
-    unsafe {
-        ptr::write_volatile(&raw mut (*scratch).owner, token);
-        let to = (&raw mut (*scratch).bytes).cast::<u8>().add(PREFIX as usize);
-        u32::from(bpf_skb_load_bytes(skb.cast(), at, to.cast(), length) != 0)
-    }
+    give_back(slot);
 }
 
 /// Whether the checksum of a datagram is right: 1, else 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn is_summed(header: u64, length: u32, sum: u64) -> u32 {
-    let Some(message) = Scratched::of(length) else { return 0 };
+extern "C" fn is_summed(slot: u32, header: u64, length: u32, sum: u64) -> u32 {
+    let Some(message) = Scratched::of(slot, length) else { return 0 };
     Checksum::from_number(sum).is_right(header.to_ne_bytes(), &message, length).into()
 }
 
 /// Learns from a segment that a resolver sent. `false` if it is to be dropped.
 #[inline(always)]
-pub(crate) fn hear_segment(skb: Skb, arrived: &Arrived) -> bool {
-    receive_segment(skb.0, arrived.transport) != HELD_BACK
+pub(crate) fn hear_segment(skb: Skb, arrived: &Arrived, workload: u64) -> bool {
+    receive_segment(skb.0, arrived.transport, workload) != HELD_BACK
 }
 
 /// The segment is to be dropped. No number that the compiler could take for the answer itself, of which the verifier would know
 /// nothing.
 const HELD_BACK: u32 = 53;
+/// As above.
+const NOT_COPIED: u32 = 54;
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn receive_segment(skb: *mut __sk_buff, transport: u32) -> u32 {
+extern "C" fn receive_segment(skb: *mut __sk_buff, transport: u32, workload: u64) -> u32 {
     use egress_common::Arrival::{Early, Lost, Next, Old};
     const SYN: u8 = 2;
     const PASS: u32 = 0;
@@ -179,7 +81,7 @@ extern "C" fn receive_segment(skb: *mut __sk_buff, transport: u32) -> u32 {
         Next(known) => known,
         Early => return HELD_BACK,
         Lost => {
-            ignore(Lesson::Lost);
+            answered(Lesson::Lost);
             return PASS;
         }
         Old => return PASS,
@@ -189,7 +91,7 @@ extern "C" fn receive_segment(skb: *mut __sk_buff, transport: u32) -> u32 {
         if left == 0 {
             return PASS;
         }
-        let taken = take_piece(skb, at, left);
+        let taken = take_piece(skb, at, left, workload);
         if taken == 0 || taken > left {
             break;
         }
@@ -200,7 +102,7 @@ extern "C" fn receive_segment(skb: *mut __sk_buff, transport: u32) -> u32 {
         && let Some(stream) = asked::stream(skb)
     {
         stream.lose();
-        ignore(Lesson::Lost);
+        answered(Lesson::Lost);
     }
     PASS
 }
@@ -208,7 +110,7 @@ extern "C" fn receive_segment(skb: *mut __sk_buff, transport: u32) -> u32 {
 /// Takes some of `left` bytes, and learns from the message that ends with them; tells how many, or 0 if that failed.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn take_piece(skb: *mut __sk_buff, at: u32, left: u32) -> u32 {
+extern "C" fn take_piece(skb: *mut __sk_buff, at: u32, left: u32, workload: u64) -> u32 {
     let Some(stream) = asked::stream(skb) else { return 0 };
     let step = stream.step(left);
     let is_copied = match step.to {
@@ -219,11 +121,17 @@ extern "C" fn take_piece(skb: *mut __sk_buff, at: u32, left: u32) -> u32 {
         return 0;
     }
     match stream.took(step.count) {
-        Some(length) if length > LONGEST_MESSAGE => ignore(Lesson::TooLong),
+        Some(length) if length > LONGEST_MESSAGE => answered(Lesson::TooLong),
         Some(length) => {
-            let token = token();
-            let workload = copy_out(skb, token);
-            learn(length, workload, token);
+            let slot = take_slot();
+            if slot == NO_SLOT {
+                answered(Lesson::Interrupted);
+            } else {
+                if copy_out(skb, slot) == 0 {
+                    learn(slot, length, workload);
+                }
+                give_back(slot);
+            }
         }
         None => {}
     }
@@ -245,39 +153,37 @@ extern "C" fn copy_in(skb: *mut __sk_buff, at: u32, to: u32, count: u32) -> u32 
     }
 }
 
-/// Copies the message of a stream to where it is read; tells for whom it is.
+/// Copies the message of a stream to where it is read; 0 if that went well.
 #[unsafe(no_mangle)]
 #[inline(never)]
-#[expect(clippy::cast_ptr_alignment, reason = "both are aligned to eight bytes")]
-extern "C" fn copy_out(skb: *mut __sk_buff, token: u64) -> u64 {
-    let Some(stream) = asked::stream(skb) else { return 0 };
-    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return 0 };
+#[expect(clippy::cast_ptr_alignment, reason = "it is aligned to eight bytes")]
+extern "C" fn copy_out(skb: *mut __sk_buff, slot: u32) -> u32 {
+    let Some(stream) = asked::stream(skb) else { return NOT_COPIED };
+    let Some(to) = messages::place(slot) else { return NOT_COPIED };
     let from = stream.bytes_mut().as_ptr().cast::<u64>();
     // SAFETY: both have `ROOM` bytes, and begin where numbers of eight bytes may: the storage of sockets, and this
     // processor's element. Both outlive the program.
     unsafe {
-        ptr::write_volatile(&raw mut (*scratch).owner, token);
-        let to = (&raw mut (*scratch).bytes).cast::<u64>();
         for index in 0..(ROOM / 8) as usize {
             ptr::write_volatile(to.add(index), ptr::read_volatile(from.add(index)));
         }
     }
-    asked::asker(skb)
+    0
 }
 
 /// Learns every address that a message gives for what was asked.
 #[unsafe(no_mangle)]
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "the number is taken apart as it was put together")]
-extern "C" fn learn(length: u32, workload: u64, token: u64) -> u32 {
-    let question = read_question(length);
+extern "C" fn learn(slot: u32, length: u32, workload: u64) -> u32 {
+    let question = read_question(slot, length);
     let (mut answers, mut at) = ((question >> 32) as u32, question as u32);
-    let name = if answers == 0 { 0 } else { known_name() };
+    let name = if answers == 0 { 0 } else { known_name(slot) };
     for _ in 0..MOST_RECORDS {
         if answers == 0 {
             return 0;
         }
-        at = learn_record(at, length, name, workload, token);
+        at = learn_record(slot, at, length, name, workload);
         if at == 0 {
             return 0;
         }
@@ -289,67 +195,34 @@ extern "C" fn learn(length: u32, workload: u64, token: u64) -> u32 {
 /// Reads what was asked: the number of records, and where they begin. No records where there is nothing to learn.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn read_question(length: u32) -> u64 {
-    let Some(message) = Scratched::of(length) else { return 0 };
+extern "C" fn read_question(slot: u32, length: u32) -> u64 {
+    let Some(message) = Scratched::of(slot, length) else { return 0 };
     let Some(response) = Response::read(&message) else {
         let is_error = message.load::<1>(3).is_some_and(|[codes]| codes & 0x0f != 0);
         if !is_error {
-            ignore(Lesson::Malformed);
+            answered(Lesson::Malformed);
         }
         return 0;
     };
-    let write = |index, ends| {
-        let ends = write_byte(length, response.name, index, ends);
-        (ends != 0).then_some(ends)
-    };
-    if !response.write_key_by(write) {
+    if !messages::write_key(&message, response.question) {
         return 0;
     }
-    // SAFETY: a pointer to this processor's element, which outlives the program.
-    unsafe { (*message.scratch).key.end(response.name) };
-    u64::from(response.answers) << 32 | u64::from(response.records_at())
-}
-
-/// [`NameKey::write_byte`]; 0 if there is no such byte in a name of a host.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn write_byte(length: u32, name: u32, index: u32, label_ends: u32) -> u32 {
-    let Some(message) = Scratched::of(length) else { return 0 };
-    // SAFETY: a pointer to this processor's element, which outlives the program.
-    let key = unsafe { &mut (*message.scratch).key };
-    key.write_byte(&message, name, index, label_ends).unwrap_or(0)
-}
-
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn known_name() -> u32 {
-    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return 0 };
-    // SAFETY: a pointer to this processor's element, which outlives the program.
-    match names::id(unsafe { &(*scratch).key }) {
-        Some(name) => name.number(),
-        None => 0,
-    }
+    u64::from(response.answers) << 32 | u64::from(response.question.end())
 }
 
 /// Learns the address of one record, for a name that policies know if that is not 0; tells where the next begins, or 0 if nothing more is to be learnt.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn learn_record(at: u32, length: u32, name: u32, workload: u64, token: u64) -> u32 {
-    let Some(message) = Scratched::of(length) else { return 0 };
+extern "C" fn learn_record(slot: u32, at: u32, length: u32, name: u32, workload: u64) -> u32 {
+    let Some(message) = Scratched::of(slot, length) else { return 0 };
     let Some(record) = Record::read(&message, at) else {
-        ignore(Lesson::Malformed);
+        answered(Lesson::Malformed);
         return 0;
     };
-    // What was read up to here is of this message, or is not believed.
-    if !message.is_of(token) {
-        ignore(Lesson::Interrupted);
-        return 0;
-    }
     let Some(address) = record.address else { return record.next };
     if let Some(name) = NameId::new(name) {
         names::learn(workload, address, name, record.ttl);
     }
-    // SAFETY: a pointer to this processor's element, which outlives the program.
-    names::tell(workload, address, unsafe { &(*message.scratch).key });
+    names::tell(workload, address, message.key());
     record.next
 }

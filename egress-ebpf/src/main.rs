@@ -5,6 +5,7 @@
 
 #![no_std]
 #![no_main]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![expect(
     clippy::inline_always,
     reason = "the verifier follows one program: a call that is not inlined is a function of its own"
@@ -17,10 +18,12 @@ mod context;
 mod events;
 mod hooks;
 mod lessons;
+mod messages;
 mod meta;
 mod names;
 mod packet;
 mod peers;
+mod questions;
 mod rules;
 mod stats;
 mod workloads;

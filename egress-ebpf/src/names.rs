@@ -10,14 +10,17 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use egress_common::{
-    Address, Claim, Claims, Counter, Entry, FactKey, Flow, KEY_BYTES, Lesson, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS,
-    MOST_CLAIMS, NameId, NameKey, NamedRules, Place, Protocol, RuleId, Rules, SHARED, View, rule_by_name,
+    Address, Claim, Claims, FactKey, Flow, KEY_BYTES, Lesson, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MOST_CLAIMS, NameId,
+    NameKey, NamedRules, Place, Protocol, RuleId, SHARED, View, rule_by_name,
 };
 
-use crate::{clock, meta, rules::Maps, stats, workloads};
+use crate::{
+    clock, meta,
+    rules::Maps,
+    stats,
+    workloads::{self, NO_PREALLOC},
+};
 
-/// `BPF_F_NO_PREALLOC` of `linux/bpf.h`.
-const NO_PREALLOC: usize = 1;
 /// `EEXIST` of `asm-generic/errno-base.h`.
 const EEXIST: i32 = 17;
 
@@ -60,7 +63,7 @@ pub(crate) fn learn(workload: u64, address: Address, name: NameId, ttl: u32) {
         let claim = Claim::new(name, meta::lifetime().end(ttl, now));
         put(&FactKey::new(workload, address.judged()), claim, now)
     };
-    stats::add(Counter::Answered(lesson));
+    stats::answered(lesson);
 }
 
 #[inline(always)]
@@ -128,11 +131,6 @@ impl NamedRules for Maps<'_> {
             None => Claims::from_words([0; MOST_CLAIMS]),
         };
         (claims, clock::seconds())
-    }
-
-    #[inline(always)]
-    fn named(&self, view: View, name: NameId) -> Option<Entry> {
-        self.entry(view, name.address())
     }
 }
 

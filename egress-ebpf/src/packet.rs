@@ -28,6 +28,21 @@ impl Skb {
         unsafe { (*self.0).len }
     }
 
+    /// Whether it becomes several packets, each with a header, after this one was looked at.
+    #[inline(always)]
+    pub(crate) fn is_cut_later(self) -> bool {
+        // SAFETY: see the type.
+        unsafe { (*self.0).gso_size != 0 }
+    }
+
+    /// Whether the first bytes, so many, are the kernel's own, which nobody changes any more.
+    #[inline(always)]
+    pub(crate) fn has_copy_up_to(self, end: u32) -> bool {
+        // SAFETY: see the type; both are addresses, of which no byte is read.
+        let (first, last) = unsafe { ((*self.0).data as usize, (*self.0).data_end as usize) };
+        first + end as usize <= last
+    }
+
     /// Whether it is on its way to, or came from, `lo`.
     #[inline(always)]
     pub(crate) fn is_on_loopback(self) -> bool {

@@ -10,7 +10,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use egress_common::{
-    Address, Entry, Flow, MAX_SCOPES, PrefixKey, Protocol, RuleId, Rules, Segment, SegmentList, Settings, View,
+    Address, Entry, Flow, MAX_SCOPES, NameId, PrefixKey, Protocol, RuleId, Rules, Segment, SegmentList, Settings, View,
     find_segment,
 };
 use zerocopy::transmute;
@@ -91,6 +91,11 @@ impl Rules for Maps<'_> {
     #[inline(always)]
     fn rule_by_name(&self, view: View, flow: &Flow) -> Option<RuleId> {
         names::allows(view, flow)
+    }
+
+    #[inline(always)]
+    fn named(&self, view: View, name: NameId) -> Option<Entry> {
+        self.entry(view, name.address())
     }
 }
 

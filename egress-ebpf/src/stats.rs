@@ -1,10 +1,16 @@
 //! Counters, in the per-CPU `STATS` map.
 
 use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
-use egress_common::Counter;
+use egress_common::{Counter, Lesson};
 
 #[btf_map]
 static STATS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
+
+/// Counts what became of an answer of DNS.
+#[inline(always)]
+pub(crate) fn answered(lesson: Lesson) {
+    add(Counter::Answered(lesson));
+}
 
 /// Adds one.
 #[inline(always)]

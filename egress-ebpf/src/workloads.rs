@@ -4,6 +4,7 @@
 //! once for each decision.
 
 use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
     btf_maps::{ArrayOfMaps, HashMap},
     helpers::{
         bpf_get_current_cgroup_id, bpf_get_current_uid_gid,
@@ -17,8 +18,8 @@ use zerocopy::transmute;
 
 use crate::meta;
 
-/// `BPF_F_NO_PREALLOC` of `linux/bpf.h`: most hosts need few of the elements.
-const NO_PREALLOC: usize = 1;
+/// Hashes take memory for what they hold: most hosts need few of the elements.
+pub(crate) const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 /// A [`Placement`], in words: see `rules.rs` for why.
 type PlacementWords = [u32; 2];
@@ -36,11 +37,15 @@ pub(crate) fn place_current() -> Place {
     Place::unpack(current_place())
 }
 
-/// Places a packet, by the cgroup in which its socket was made and the user who made it.
+/// Places a packet, by the cgroup in which its socket was made and a user: that who made it, unless another is known to use it.
 #[inline(always)]
-pub(crate) fn place_of(ctx: &SkBuffContext) -> Place {
+pub(crate) fn place_of(ctx: &SkBuffContext, uid: Option<u32>) -> Place {
+    let uid = match uid {
+        Some(uid) => uid,
+        None => ctx.get_socket_uid(),
+    };
     match WORKLOADS.get(0) {
-        Some(placements) => place(&Maps { placements }, &Sender(ctx)),
+        Some(placements) => place(&Maps { placements }, &Sender { ctx, uid }),
         None => Place::Unknown,
     }
 }
@@ -91,24 +96,27 @@ impl Workloads for Maps<'_> {
 }
 
 /// Who made the socket of a packet. What runs meanwhile may be anybody.
-struct Sender<'a>(&'a SkBuffContext);
+struct Sender<'a> {
+    ctx: &'a SkBuffContext,
+    uid: u32,
+}
 
 impl Task for Sender<'_> {
     #[inline(always)]
     fn cgroup(&self) -> u64 {
-        cgroup_of(self.0)
+        cgroup_of(self.ctx)
     }
 
     #[inline(always)]
     fn ancestor(&self, level: u8) -> Option<u64> {
         // SAFETY: the helper takes a valid context and a number, of which it checks the bounds, and returns a number.
-        let id = unsafe { bpf_skb_ancestor_cgroup_id(self.0.skb.skb, level.into()) };
+        let id = unsafe { bpf_skb_ancestor_cgroup_id(self.ctx.skb.skb, level.into()) };
         (id != 0).then_some(id)
     }
 
     #[inline(always)]
     fn uid(&self) -> u32 {
-        self.0.get_socket_uid()
+        self.uid
     }
 }
 

@@ -7,8 +7,10 @@
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -137,9 +139,19 @@ struct State {
     open: Option<UdpSocket>,
     /// A process in a network namespace of its own.
     other: Option<Asker>,
+    /// The stream of `keep`.
+    kept: Option<TcpStream>,
 }
 
 impl State {
+    fn exchange(&mut self, message: &[u8]) -> Result<String> {
+        let stream = self.kept.as_mut().context("nothing is kept")?;
+        stream.set_read_timeout(Some(NEVER))?;
+        stream.write_all(message)?;
+        let received = stream.read(&mut [0; 4096]).unwrap_or(0);
+        Ok(u32::from(received > 0).to_string())
+    }
+
     fn obey(&mut self, line: &str) -> Result<String> {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         match *words {
@@ -165,6 +177,24 @@ impl State {
                 socket.send_to(&question(name, A), SocketAddr::new(server.parse()?, PORT))?;
                 Ok(String::new())
             }
+            // Sends bytes in one of several ways; the error's number, or 0.
+            ["send", way, to, bytes] => Ok(errno(&send(way, to.parse()?, &bytes_of(bytes)?)?)),
+            // Writes the pieces of a stream, one by one, and counts the answers: as many as are expected, or what came in time.
+            ["stream", way, server, expected, ref pieces @ ..] => {
+                let pieces = pieces.iter().map(|piece| bytes_of(piece)).collect::<Result<Vec<_>>>()?;
+                Ok(stream(way, server.parse()?, expected.parse()?, &pieces)?.to_string())
+            }
+            // Writes to a stream that is kept, or again to that; how many answers came.
+            ["keep", server, message] => {
+                self.kept = Some(TcpStream::connect((server.parse::<IpAddr>()?, PORT))?);
+                self.exchange(&bytes_of(message)?)
+            }
+            ["again", _, message] => self.exchange(&bytes_of(message)?),
+            // Asks on the open socket, then says something to somebody else; the error's number of that, or 0.
+            ["besides", to, bytes] => {
+                let socket = self.open.as_ref().context("nothing is open")?;
+                Ok(errno(&socket.send_to(&bytes_of(bytes)?, to.parse::<SocketAddr>()?)))
+            }
             ["receive"] => {
                 let socket = self.open.as_ref().context("nothing is open")?;
                 Ok(socket.recv_from(&mut [0; 4096])?.1.to_string())
@@ -176,7 +206,7 @@ impl State {
                 Ok(socket.bind(&to.into()).err().and_then(|error| error.raw_os_error()).unwrap_or(0).to_string())
             }
             ["time", what, count, server, name] => Ok(time(what, count.parse()?, server.parse()?, name)?.to_string()),
-            ["serve", at] => serve(at.parse()?).map(|()| String::new()),
+            ["serve", at] => serve(at.parse()?, &Heard::default()).map(|()| String::new()),
             ["uid", uid] => {
                 rustix::thread::set_thread_res_uid(id(uid)?, id(uid)?, id(uid)?)?;
                 Ok(String::new())
@@ -218,6 +248,130 @@ fn id(text: &str) -> Result<rustix::process::Uid> {
 
 fn ip(arguments: &str) -> Result<()> {
     netns::ip(&arguments.split(' ').collect::<Vec<_>>())
+}
+
+fn errno<T>(result: &io::Result<T>) -> String {
+    result.as_ref().err().map_or(0, |error| error.raw_os_error().unwrap_or(-1)).to_string()
+}
+
+/// Bytes as an order has them.
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    let digit = |value: u8| char::from_digit(value.into(), 16).expect("half a byte");
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+}
+
+fn bytes_of(text: &str) -> Result<Vec<u8>> {
+    let byte = |at| u8::from_str_radix(text.get(at..at + 2).context("pairs of digits")?, 16).context("a byte");
+    (0..text.len()).step_by(2).map(byte).collect()
+}
+
+/// Sends a datagram, or what becomes several.
+fn send(way: &str, to: SocketAddr, bytes: &[u8]) -> Result<io::Result<()>> {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(to)?;
+    let option = |level, name, value: libc::c_int| {
+        // SAFETY: the kernel reads a number that is there.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                level,
+                name,
+                (&raw const value).cast(),
+                libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or(4),
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    let sent = |count: isize| if count < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    let send = |bytes: &[u8], flags| {
+        // SAFETY: the kernel reads bytes that are there. With `MSG_ZEROCOPY` until they are sent, which may be later: they
+        // stay what they are, as nothing else is done by this process before it ends.
+        sent(unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })
+    };
+    Ok(match way {
+        "plain" => send(bytes, 0),
+        // Two writes, one datagram.
+        "corked" => {
+            let (first, rest) = bytes.split_at(bytes.len() / 2);
+            send(first, libc::MSG_MORE).and_then(|()| send(rest, 0))
+        }
+        "zerocopy" => {
+            option(libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1)?;
+            send(Vec::leak(bytes.to_vec()), libc::MSG_ZEROCOPY)
+        }
+        // Cut in the middle, after everybody has looked at it.
+        "cut" => {
+            option(libc::SOL_UDP, libc::UDP_SEGMENT, libc::c_int::try_from(bytes.len() / 2)?)?;
+            send(bytes, 0)
+        }
+        "file" => {
+            let mut file = tempfile::tempfile()?;
+            file.write_all(bytes)?;
+            let mut offset = 0;
+            // SAFETY: both descriptors are open, and the offset is there.
+            sent(unsafe { libc::sendfile(socket.as_raw_fd(), file.as_raw_fd(), &raw mut offset, bytes.len()) })
+        }
+        // With ancillary data that nobody reads, as much as a socket may hold, so that there is room for nothing else.
+        other => {
+            let most: usize =
+                other.strip_prefix("stuffed:").with_context(|| format!("cannot send {other}"))?.parse()?;
+            // A header for as many words: `struct cmsghdr`, of a level that does not exist.
+            let mut control = vec![0_u64; most / 8 - 16];
+            let length = control.len() * 8;
+            (control[0], control[1]) = (length as u64, 0x7777);
+            let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+            // SAFETY: all zeros is a valid value of the type.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+            (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), length);
+            let socket = UdpSocket::bind((any, 0))?;
+            let to = socket2::SockAddr::from(to);
+            (message.msg_name, message.msg_namelen) = (to.as_ptr().cast_mut().cast(), to.len());
+            // SAFETY: everything that the message points to is there, and is only read.
+            sent(unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) })
+        }
+    })
+}
+
+/// How long an answer is waited for that may never come.
+const NEVER: Duration = Duration::from_millis(700);
+
+fn stream(way: &str, server: IpAddr, expected: usize, pieces: &[Vec<u8>]) -> Result<usize> {
+    let to = SocketAddr::new(server, PORT);
+    let mut pieces = pieces.iter();
+    let mut stream: TcpStream = if way == "fast-open" {
+        let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+        socket.send_to_with_flags(pieces.next().context("a piece")?, &to.into(), libc::MSG_FASTOPEN)?;
+        socket.into()
+    } else {
+        TcpStream::connect(to)?
+    };
+    stream.set_nodelay(way != "delayed")?;
+    stream.set_read_timeout(Some(if expected == 0 { NEVER } else { PATIENCE }))?;
+    for piece in pieces {
+        match way {
+            "urgent" => {
+                Socket::from(stream.try_clone()?).send_out_of_band(piece)?;
+            }
+            _ => stream.write_all(piece)?,
+        }
+    }
+    let (mut count, mut received, mut buffer) = (0, Vec::new(), [0; 4096]);
+    while count < expected.max(1) {
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            // It is waited for what is not to come.
+            Err(_) if expected == 0 => break,
+            Err(error) => return Err(error.into()),
+            Ok(length) => received.extend(&buffer[..length]),
+        }
+        while let Some((_, rest)) = first_message(&received) {
+            received = rest.to_vec();
+            count += 1;
+        }
+    }
+    Ok(count)
 }
 
 fn dial(to: SocketAddr) -> i32 {
@@ -334,11 +488,13 @@ fn ask_for(transport: Transport, server: IpAddr, name: &str, kind: u16) -> Resul
     addresses(&answer[..length]).context("an answer")
 }
 
-fn framed(message: &[u8]) -> Vec<u8> {
+/// A message as it stands in a stream.
+pub fn framed(message: &[u8]) -> Vec<u8> {
     [&u16::try_from(message.len()).unwrap_or(u16::MAX).to_be_bytes()[..], message].concat()
 }
 
-fn wire(name: &str) -> Vec<u8> {
+/// A name as it stands in a message.
+pub fn wire(name: &str) -> Vec<u8> {
     let labels =
         name.split('.').flat_map(|label| [&[u8::try_from(label.len()).unwrap_or(63)], label.as_bytes()].concat());
     labels.chain([0]).collect()
@@ -410,13 +566,30 @@ fn addresses(answer: &[u8]) -> Option<Vec<IpAddr>> {
     Some(found)
 }
 
+/// What servers received, in the order in which it came. All copies are one.
+#[derive(Debug, Clone, Default)]
+pub struct Heard(Arc<Mutex<Vec<u8>>>);
+
+impl Heard {
+    fn add(&self, bytes: &[u8]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend(bytes);
+    }
+
+    /// Whether some bytes are there, one after the other.
+    pub fn has(&self, bytes: &[u8]) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).windows(bytes.len()).any(|heard| heard == bytes)
+    }
+}
+
 /// Serves on port 53 of an address, UDP and TCP, on threads that end with the process.
-pub fn serve(at: IpAddr) -> Result<()> {
+pub fn serve(at: IpAddr, heard: &Heard) -> Result<()> {
     let datagrams = UdpSocket::bind((at, PORT)).context("cannot serve UDP")?;
     let streams = TcpListener::bind((at, PORT)).context("cannot serve TCP")?;
+    let (of_datagrams, of_streams) = (heard.clone(), heard.clone());
     thread::spawn(move || {
         let mut question = [0; 4096];
         while let Ok((length, from)) = datagrams.recv_from(&mut question) {
+            of_datagrams.add(&question[..length]);
             if let Some(answer) = response(&question[..length]) {
                 // Whoever asked may be gone.
                 let _ = datagrams.send_to(&answer, from);
@@ -425,23 +598,37 @@ pub fn serve(at: IpAddr) -> Result<()> {
     });
     thread::spawn(move || {
         for stream in streams.incoming().flatten() {
-            thread::spawn(move || answer_stream(stream));
+            let heard = of_streams.clone();
+            thread::spawn(move || answer_stream(stream, &heard));
         }
     });
     Ok(())
 }
 
 /// In pieces that no message begins or ends with.
-fn answer_stream(mut stream: TcpStream) -> io::Result<()> {
+fn answer_stream(mut stream: TcpStream, heard: &Heard) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    let (mut received, mut buffer) = (Vec::new(), [0; 4096]);
     loop {
-        let mut length = [0; 2];
-        stream.read_exact(&mut length)?;
-        let mut question = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut question)?;
-        let Some(answer) = response(&question) else { return Ok(()) };
-        for piece in framed(&answer).chunks(701) {
-            stream.write_all(piece)?;
+        while let Some((question, rest)) = first_message(&received) {
+            let Some(answer) = response(question) else { return Ok(()) };
+            for piece in framed(&answer).chunks(701) {
+                stream.write_all(piece)?;
+            }
+            received = rest.to_vec();
+        }
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            length => {
+                heard.add(&buffer[..length]);
+                received.extend(&buffer[..length]);
+            }
         }
     }
+}
+
+/// The first message of a stream, and what comes after it.
+fn first_message(stream: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = stream.split_first_chunk()?;
+    rest.split_at_checked(u16::from_be_bytes(*length).into())
 }

@@ -25,6 +25,7 @@ pub mod mariadb;
 pub mod netns;
 pub mod pages;
 pub mod reference;
+pub mod resolving;
 pub mod scenario;
 pub mod world;
 

@@ -131,18 +131,6 @@ fn names_are_looked_up_only_when_asked_for() {
 }
 
 #[test]
-fn what_is_not_enforced_yet_is_warned_of() {
-    let policy = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: a }\n\
-                  spec: { dns: { queries: Named }, allow: [{ to: [{ host: a.example.com }] }] }\n";
-    let directory = policies(&[("a.yaml", policy)]);
-    let report = agent(&["check", path(&directory)], "").json();
-    assert_eq!(
-        (&report["findings"][0]["code"], &report["findings"][0]["severity"]),
-        (&json!("W0207"), &json!("warning"))
-    );
-}
-
-#[test]
 fn what_cannot_run_ends_with_2() {
     assert_eq!(agent(&["check", "/nonexistent"], "").status, 2);
     assert_eq!(agent(&["explain", "/nonexistent", "--to", "10.0.0.1:1"], "").status, 2);
@@ -237,6 +225,42 @@ fn a_name_is_explained_by_the_addresses_that_are_given_for_it() {
     assert_eq!(answer["to"]["host"], "mysql.example.com");
     // Without the name, its address is one like any other.
     assert_eq!(agent(&["explain", path(&directory), "--to", "192.0.2.7:3306"], "").status, 1);
+}
+
+/// An address may be open and its name closed, and the other way round.
+#[test]
+fn explain_says_whether_a_name_may_be_asked_for() {
+    let policy = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: p }\nspec:\n  \
+                  allow: [ { to: [ { host: '*.example.org' }, { cidr: 192.0.2.0/24 } ], ports: [ { port: 443 } ] } ]\n  dns: { queries: Named }\n";
+    let directory = policies(&[("a.yaml", ENTRY), ("b.yaml", policy)]);
+    let ask = |to: &str, more: &[&str]| {
+        let host = to.split(':').next().unwrap();
+        let resolve = format!("{host}=192.0.2.7");
+        agent(&[&["explain", path(&directory), "--to", to, "--resolve", &resolve], more].concat(), "")
+    };
+    for (host, query) in [
+        ("a.example.org", "allow"),
+        // Its addresses are written down in an entry.
+        ("mysql.example.com", "allow"),
+        ("example.org", "deny"),
+        ("evil.net", "deny"),
+    ] {
+        let done = ask(&format!("{host}:443"), &[]);
+        assert_eq!((done.status, &done.json()["query"]), (0, &json!(query)), "{host}");
+    }
+    let text = ask("evil.net:443", &["--output", "text"]).out;
+    assert!(text.contains("its name may not be asked for (`dns.queries: Named`)"), "{text}");
+    // What it proposes lets it be asked for.
+    let proposed = ask("evil.net:443", &[]).json()["to_allow"].as_str().unwrap().to_owned();
+    fs::write(directory.path().join("c.yaml"), proposed).unwrap();
+    let after = ask("evil.net:443", &[]).json();
+    assert_eq!((&after["query"], &after["to_allow"]), (&json!("allow"), &json!(null)));
+    fs::remove_file(directory.path().join("c.yaml")).unwrap();
+    let audited = policy.replace("spec:\n", "spec:\n  mode: Audit\n");
+    fs::write(directory.path().join("b.yaml"), audited).unwrap();
+    assert_eq!(ask("evil.net:443", &[]).json()["query"], "would_deny");
+    fs::write(directory.path().join("b.yaml"), policy.replace("  dns: { queries: Named }\n", "")).unwrap();
+    assert_eq!(ask("evil.net:443", &[]).json().get("query"), None);
 }
 
 #[test]

@@ -1,11 +1,11 @@
-//! What the kernel programs read in the answers of DNS servers, beside what a resolver's library wrote into them.
+//! What the kernel programs read in questions to DNS servers and in their answers, beside what a resolver's library wrote into them.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it cannot go on")]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use egress_common::{NameEnd, NameKey};
-use egress_tests::fuzz_targets::dns::{Learnt, dns_response, learn};
+use egress_tests::fuzz_targets::dns::{Learnt, asked, dns_message, learn};
 use hickory_proto::{
     op::{Edns, Message, OpCode, Query},
     rr::{
@@ -59,6 +59,25 @@ fn written(question: &str, parts: &[(Part, u32)], has_edns: bool) -> Message {
 }
 
 proptest! {
+    /// And whatever is damaged in it, a server that can read it reads the same.
+    #[test]
+    fn what_a_client_asks_for_is_judged_as_it_was_meant(
+        question in name(),
+        has_edns: bool,
+        (at, value) in any::<(prop::sample::Index, u8)>(),
+    ) {
+        let mut message = Message::query();
+        let name = Name::from_labels(question.split('.').map(str::as_bytes)).unwrap();
+        message.add_query(Query::query(name, RecordType::AAAA));
+        message.edns = has_edns.then(Edns::new);
+        let mut bytes = message.to_vec().unwrap();
+        let name = NameKey::of(&question, NameEnd::Exact).unwrap().as_bytes_of_name().to_vec();
+        prop_assert_eq!(asked(&bytes), Some(name));
+        let at = at.index(bytes.len());
+        bytes[at] = value;
+        dns_message(&bytes);
+    }
+
     #[test]
     fn what_a_server_writes_is_learnt_as_it_was_meant(
         question in name(),
@@ -85,7 +104,7 @@ proptest! {
         let bytes = written(&question, &parts, false).to_vec().unwrap();
         let mut damaged = bytes.clone();
         damaged[at.index(bytes.len())] = value;
-        dns_response(&damaged);
-        dns_response(&bytes[..cut.index(bytes.len())]);
+        dns_message(&damaged);
+        dns_message(&bytes[..cut.index(bytes.len())]);
     }
 }

@@ -18,6 +18,7 @@ use std::{
 use egress_agent::pins::PinDirectory;
 use egress_tests::{
     agent::{Agent, Place, binary},
+    asker::{hexadecimal, question},
     cgroup::Cgroup,
     eventually,
     netns::Netns,
@@ -28,6 +29,7 @@ use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 
 const DIAL: &str = env!("CARGO_BIN_EXE_dial");
+const ASKER: &str = env!("CARGO_BIN_EXE_asker");
 /// What `dial` answers: nobody listens, so what is allowed is refused by the other side.
 const ALLOWED: &str = "111";
 const REFUSED: &str = "1";
@@ -79,7 +81,12 @@ impl Host {
 
     /// The answers of `dial` to calls, and how that ended.
     fn dial(&self, args: &[&str], calls: &[&str]) -> (Vec<String>, Ended) {
-        let mut child = self.exec(&[args, &["--", DIAL]].concat()).spawn().unwrap();
+        self.answers(args, DIAL, calls)
+    }
+
+    /// The answers of a program to lines, and how that ended.
+    fn answers(&self, args: &[&str], program: &str, calls: &[&str]) -> (Vec<String>, Ended) {
+        let mut child = self.exec(&[args, &["--", program]].concat()).spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         for call in calls {
             writeln!(stdin, "{call}").unwrap();
@@ -422,6 +429,27 @@ fn programs_read_denials_as_json_on_stderr() {
     assert_eq!(destinations.len(), 3);
     assert_eq!((&destinations[0]["address"], &destinations[0]["count"]), (&"192.0.2.1".into(), &2.into()));
     assert_eq!(lines[4]["to_allow"].as_str().unwrap().matches("kind: ServiceEntry").count(), 3);
+}
+
+#[test]
+fn names_that_a_command_may_not_ask_for_are_told() {
+    let host = Host::new();
+    let policy = "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: { name: p }\nspec: { dns: { queries: Named, \
+                  servers: [192.0.2.53] }, allow: [ { to: [ { host: '*.example.com' } ] } ] }\n";
+    let policies = host.file("named.yaml", policy);
+    let ask = |name: &str| format!("send plain 192.0.2.53:53 {}", hexadecimal(&question(name, 1)));
+    let orders = ["evil.net", "a.example.com", "evil.net", "worse.net"].map(ask);
+    let orders: Vec<&str> = orders.iter().map(String::as_str).collect();
+    let (answers, ended) = host.answers(&["--policies", &policies], ASKER, &orders);
+    assert_eq!(answers, ["1", "0", "1", "1"], "{ended:?}");
+    for line in [
+        "DENY UDP 192.0.2.53:53 reason=dns_query host=worse.net comm=\"asker\"",
+        "2 × deny UDP 192.0.2.53:53, asked for evil.net",
+        "1 × deny UDP 192.0.2.53:53, asked for worse.net",
+    ] {
+        assert!(ended.stderr.contains(line), "{line} in {ended:?}");
+    }
+    assert!(!ended.stderr.contains("to allow it"), "{ended:?}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use egress_tests::fuzz_targets::{compile_vs_reference, dns::dns_response, read_policy};
+use egress_tests::fuzz_targets::{compile_vs_reference, dns::dns_message, read_policy};
 
 /// Runs a target on each file of its corpus.
 fn replay(target: &str, run: fn(&[u8])) {
@@ -37,7 +37,7 @@ fn every_policy_of_the_corpus_decides_as_the_reference_says() {
 
 #[test]
 fn every_answer_of_the_corpus_is_read_as_a_resolver_reads_it() {
-    replay("dns_response", dns_response);
+    replay("dns_message", dns_message);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::{fs, mem::ManuallyDrop, net::SocketAddr, process::Command};
 use egress_tests::{
     actor::{Actor, Outcome},
     agent::{Agent, Place, binary},
-    asker::{self, Asker, Transport},
+    asker::{self, Asker, Heard, Transport},
     cgroup::Cgroup,
     eventually,
     fake_kube::{FakeKube, Fault, Resource},
@@ -452,7 +452,7 @@ fn names_are_learnt_in_the_network_namespaces_of_pods() {
     connect((&own, "pod", "198.51.100.1/24"), (&far, "far", "198.51.100.53/24")).unwrap();
     own.ip(&["route", "del", "local", "0.0.0.0/0", "dev", "lo"]).unwrap();
     own.ip(&["route", "add", "local", "192.0.2.0/24", "dev", "lo"]).unwrap();
-    far.run(|| asker::serve(SERVER.parse().unwrap())).unwrap().unwrap();
+    far.run(|| asker::serve(SERVER.parse().unwrap(), &Heard::default())).unwrap().unwrap();
     let ports = json!([{ "number": 443, "name": "tls", "protocol": "TLS" }]);
     node.entry("shop", "api", &json!({ "hosts": ["*.example.com"], "ports": ports, "resolution": "NONE" }));
     let container =

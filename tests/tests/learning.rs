@@ -9,105 +9,12 @@ use std::{
 };
 
 use egress_tests::{
-    agent::{Agent, Place, run_command},
-    asker::{self, Asker, Transport},
-    cgroup::Cgroup,
+    asker::{self, Asker, Heard, Transport},
     eventually,
-    netns::{Netns, connect},
+    resolving::{FAR, NEAR, SIX, WILDCARD, World, policy},
 };
 use rustix::process::Signal;
-use serde_json::{Value, json};
-use tempfile::TempDir;
-
-/// A server of this host, and one that is not.
-const NEAR: &str = "127.0.0.9";
-const FAR: &str = "192.0.2.53";
-
-/// A filtered process in a namespace in which every address answers, and an agent that believes two servers.
-struct World {
-    asker: Asker,
-    agent: Option<Agent>,
-    place: Place,
-    /// Where the other server is.
-    far: Netns,
-    near: Netns,
-    cgroup: Cgroup,
-    policies: TempDir,
-}
-
-fn policy(rest: &str) -> String {
-    format!(
-        "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: {{ name: p }}\n\
-         spec:\n  loopback: None\n  dns: {{ servers: [{NEAR}, {FAR}] }}\n{rest}"
-    )
-}
-
-/// A wildcard at one port.
-const WILDCARD: &str = "  allow: [ { to: [ { host: '*.example.com' } ], ports: [ { port: 443 } ] } ]\n";
-
-impl World {
-    fn new(rest: &str) -> Self {
-        Self::with(rest, &[])
-    }
-
-    fn with(rest: &str, more: &[&str]) -> Self {
-        let (near, far) = (Netns::new().unwrap(), Netns::new().unwrap());
-        connect((&near, "near", "192.0.2.1/24"), (&far, "far", "192.0.2.53/24")).unwrap();
-        for route in ["198.18.0.0/15", "100.64.0.0/10", "169.254.0.0/16", "2001:db8::/32", "100::/64"] {
-            near.ip(&["route", "add", "local", route, "dev", "lo"]).unwrap();
-        }
-        near.run(|| asker::serve(NEAR.parse().unwrap())).unwrap().unwrap();
-        far.run(|| asker::serve(FAR.parse().unwrap())).unwrap().unwrap();
-        let (cgroup, policies) = (Cgroup::new().unwrap(), tempfile::tempdir().unwrap());
-        fs::write(policies.path().join("policy.yaml"), policy(rest)).unwrap();
-        let place = Place::new().unwrap();
-        let asker = Asker::start(&near, &cgroup).unwrap();
-        let mut world = Self { asker, agent: None, place, far, near, cgroup, policies };
-        world.start(more);
-        world
-    }
-
-    fn start(&mut self, more: &[&str]) {
-        let run = run_command(self.policies.path(), self.cgroup.path(), more).unwrap();
-        let mut command = self.near.command(run.get_program(), None).unwrap();
-        command.args(run.get_args());
-        let mut agent = Agent::spawn_in(Some(&self.place), command).unwrap();
-        agent.wait_for("policy applied generation=1 ").unwrap();
-        self.agent = Some(agent);
-    }
-
-    fn agent(&mut self) -> &mut Agent {
-        self.agent.as_mut().unwrap()
-    }
-
-    /// Replaces the policy and waits until it is in force.
-    fn write(&mut self, rest: &str) {
-        let next = self.policies.path().join(".next");
-        fs::write(&next, policy(rest)).unwrap();
-        fs::rename(next, self.policies.path().join("policy.yaml")).unwrap();
-        self.place.reload().unwrap();
-    }
-
-    fn ask(&mut self, transport: Transport, server: &str, name: &str) -> Vec<IpAddr> {
-        self.asker.ask(transport, server.parse().unwrap(), name).unwrap()
-    }
-
-    fn is_open(&mut self, address: &str, port: u16) -> bool {
-        !self.asker.is_refused(SocketAddr::new(address.parse().unwrap(), port)).unwrap()
-    }
-
-    fn order(&mut self, order: &str) -> String {
-        self.asker.order(order).unwrap()
-    }
-
-    fn status(&self) -> Value {
-        self.place.status().unwrap().1
-    }
-
-    fn learnt(&self, lesson: &str) -> u64 {
-        self.status()["names"]["learnt"]["answers"][lesson].as_u64().unwrap()
-    }
-}
+use serde_json::json;
 
 #[test]
 fn what_is_answered_may_be_dialled_by_whatever_way_it_was_asked_for() {
@@ -289,7 +196,7 @@ fn nobody_takes_the_port_of_a_resolver_of_this_host() {
     world.order("uid 65534");
     assert_eq!(taken(&mut world, "127.0.0.2:53"), ["1", "1"]);
     // Where no resolver of this host is believed, the port is nobody's business.
-    let far = policy(WILDCARD).replace(&format!("{NEAR}, "), "");
+    let far = policy(WILDCARD).replace(&format!("{NEAR}, "), "").replace(&format!(", '{SIX}'"), "");
     fs::write(world.policies.path().join("policy.yaml"), far).unwrap();
     world.place.reload().unwrap();
     assert_eq!(taken(&mut world, "127.0.0.2:53"), ["0", "0"]);
@@ -406,7 +313,7 @@ fn a_datagram_with_a_wrong_checksum_is_not_believed() {
 #[test]
 fn servers_that_the_policy_does_not_name_are_refused() {
     let mut world = World::new(WILDCARD);
-    world.near.run(|| asker::serve("127.0.0.10".parse().unwrap())).unwrap().unwrap();
+    world.near.run(|| asker::serve("127.0.0.10".parse().unwrap(), &Heard::default())).unwrap().unwrap();
     for transport in Transport::ALL {
         let refused = world.asker.ask(transport, "127.0.0.10".parse().unwrap(), "198-18-0-1.example.com");
         assert!(refused.unwrap_err().to_string().contains("os error 1"), "{transport:?}");

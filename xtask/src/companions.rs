@@ -1,5 +1,5 @@
-//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, two DNS servers and a client, and what
-//! the system may lack of iproute2, curl and Python; runc; and pip, for the check of the chart.
+//! Programs that the tests and the demo run beside the agent: a MariaDB server and its client, two DNS servers and a client, the C library
+//! musl, and what the system may lack of iproute2, curl and Python; runc; and pip, for the check of the chart.
 //!
 //! Each is unpacked below `target/companions` and called through a script that knows where its libraries are. Starting and stopping them is
 //! up to the tests.
@@ -63,6 +63,9 @@ const DIG: Companion = Companion {
     scripts: &[("scripts/dig", "exec \"$root/usr/bin/dig\" -r \"$@\"")],
 };
 
+/// Another C library, to build a client with.
+const MUSL: Companion = Companion { name: "musl", recipe: "musl 1", packages: &["musl-dev"], scripts: &[] };
+
 /// Clients that people use: they show what a refused call looks like from the application.
 const CURL: Companion = Companion {
     name: "curl",
@@ -106,7 +109,7 @@ struct Companion {
 pub fn ensure(workspace: &Workspace) -> Result<Environment> {
     let _lock = step::lock(workspace)?;
     let directory = workspace.target("companions");
-    for companion in [MARIADB, DNSMASQ, UNBOUND, DIG] {
+    for companion in [MARIADB, DNSMASQ, UNBOUND, DIG, MUSL] {
         companion.ensure(workspace, &directory)?;
     }
     let mut environment =

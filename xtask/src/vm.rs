@@ -64,7 +64,7 @@ const KERNELS: [Kernel; 4] = [
 const ORDINARY: (&str, &[&str]) = ("6.1", &["sockets", "escape"]);
 
 /// Test files that need nothing which is not in the image.
-const TESTS: [&str; 13] = [
+const TESTS: [&str; 14] = [
     "features",
     "kernel",
     "sockets",
@@ -77,6 +77,7 @@ const TESTS: [&str; 13] = [
     "exec",
     "beside",
     "learning",
+    "queries",
     "systemd",
 ];
 

@@ -19,8 +19,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     policy::{
-        DefaultAction, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, HostPattern, L4, Mode,
-        NamespaceRef, ObjectName, Peer, PolicySet, PortRange, Reach, RefuseWith, Resolution, Rule, RuleName,
+        DefaultAction, DnsQueries, DnsServers, EgressPolicy, Endpoint, EndpointAddress, ExportTo, HostPattern, L4,
+        Mode, NamespaceRef, ObjectName, Peer, PolicySet, PortRange, Reach, RefuseWith, Resolution, Rule, RuleName,
         ServiceEntry, ServicePort, ServiceRef, SocketProtocol, Toggle,
     },
     workload::{Workload, selects},
@@ -109,7 +109,13 @@ fn united(policies: &PolicySet, workload: &Workload, context: &Context, speaking
         .service_entries
         .iter()
         .filter(|entry| is_used(entry, workload, speaking))
-        .flat_map(|entry| service_statements(entry, &context.names))
+        .flat_map(|entry| {
+            let asked = if asks_only_named(speaking) { asked_part(entry) } else { None };
+            service_statements(entry, &context.names).map(move |mut statement| {
+                statement.parts.extend(asked.clone());
+                statement
+            })
+        })
         .collect();
     for policy in speaking {
         statements.extend(policy_statements(policy, &context.names));
@@ -155,7 +161,9 @@ fn default_action(speaking: &[&EgressPolicy]) -> Action {
 fn settings(speaking: &[&EgressPolicy], default: Action) -> Settings {
     let denies_replies = speaking.iter().any(|policy| policy.replies == Some(DefaultAction::Deny));
     let protocols = speaking.iter().flat_map(|policy| policy.protocols.iter().flatten());
-    Settings::new(default)
+    let settings = Settings::new(default);
+    let settings = if asks_only_named(speaking) { settings.with_named_queries() } else { settings };
+    settings
         .with_replies(if denies_replies { Action::Deny } else { Action::Allow })
         .with_sockets(protocols.fold(SocketKinds::default(), |kinds, &protocol| kinds.with(kind(protocol))))
         .with_refusal(refusal(speaking))
@@ -183,6 +191,17 @@ fn refusal(speaking: &[&EgressPolicy]) -> Refusal {
         },
         Some(_) | None => Refusal::Eperm,
     }
+}
+
+/// `Named` beats `Any`.
+fn asks_only_named(speaking: &[&EgressPolicy]) -> bool {
+    speaking.iter().any(|policy| policy.dns_queries == Some(DnsQueries::Named))
+}
+
+/// The names of an entry that clients ask for although its rules need no answer: they may, where not every question may be asked.
+fn asked_part(entry: &ServiceEntry) -> Option<Part> {
+    let part = || Part { blocks: Vec::new(), hosts: entry.hosts.clone(), ports: Vec::new() };
+    (!is_dialled_by_name(entry)).then(part)
 }
 
 fn allows_loopback(speaking: &[&EgressPolicy]) -> bool {

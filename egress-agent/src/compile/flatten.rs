@@ -107,7 +107,7 @@ fn sweep_names(
         let (inherited, around) = open.last().map_or((Sets::EMPTY, None), |&(_, set, value)| (set, Some(value)));
         let changes_here: Vec<Change> = group.iter().map(|&(_, item)| Change::On(item)).collect();
         let set = sets.change(inherited, &changes_here)?;
-        let value = sets.value(set, |set| values.of(set.iter().map(|&item| &items[item as usize])))?;
+        let value = sets.value(set, |set| values.of_name(set.iter().map(|&item| &items[item as usize])))?;
         open.push((key, set, value));
         if around != Some(value) {
             contents.push((key.as_bytes_of_name().into(), value));
@@ -225,13 +225,35 @@ struct Values<'a> {
     ids: &'a [RuleId],
     default: Action,
     interned: HashMap<Vec<Cut>, u32>,
+    /// The value of names that may be asked for, and no more.
+    asked: Option<u32>,
     entries: Vec<Entry>,
     segments: Vec<Segment>,
 }
 
 impl<'a> Values<'a> {
     fn new(statements: &'a [Statement], ids: &'a [RuleId], default: Action) -> Self {
-        Self { statements, ids, default, interned: HashMap::new(), entries: Vec::new(), segments: Vec::new() }
+        Self {
+            statements,
+            ids,
+            default,
+            interned: HashMap::new(),
+            asked: None,
+            entries: Vec::new(),
+            segments: Vec::new(),
+        }
+    }
+
+    /// The value of a set of items that are on for a name. Where none of them names a port, the name may be asked for.
+    fn of_name<'b>(&mut self, items: impl Iterator<Item = &'b Item<'b>>) -> Result<u32, CompileError> {
+        let value = self.of(items)?;
+        if self.entries[value as usize].entries() != Ok(Entries::None) {
+            return Ok(value);
+        }
+        Ok(*self.asked.get_or_insert_with(|| {
+            self.entries.push(Entry::new(Entries::Asked, self.default));
+            index(self.entries.len() - 1)
+        }))
     }
 
     /// The value of a set of items.

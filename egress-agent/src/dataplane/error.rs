@@ -116,6 +116,15 @@ pub enum DataplaneError {
         /// Where.
         cgroup: PathBuf,
     },
+    /// A program that a policy depends on is one that the kernel refuses.
+    #[error(
+        "a policy says `dns.queries: Named`, and this kernel refuses the program {hook} that carries it out: see docs/kernels.md; \
+         `--log debug` tells why"
+    )]
+    Lacks {
+        /// The hook.
+        hook: &'static str,
+    },
     /// A program could not be attached.
     #[error("cannot attach {hook} to cgroup {}", .cgroup.display())]
     Attach {

@@ -12,7 +12,7 @@ use egress_common::{Address, Claim, Claims, ELSEWHERE, FactKey, KEY_BYTES, MOST_
 use zerocopy::transmute;
 
 use super::{DataplaneError, failed, names::NameIds, open, pinned, sys};
-use crate::events::boot_clock;
+use crate::events::{boot_clock, spelled};
 
 /// The `NAMES` map, in bytes: [`FactKey`] → [`Claims`].
 type Names = KernelHash<MapData, [u8; size_of::<FactKey>()], [u8; size_of::<Claims>()]>;
@@ -42,8 +42,7 @@ impl AskedNames {
     pub fn get(&self, workload: u64, address: Address) -> Option<String> {
         let key: [u8; size_of::<FactKey>()] = transmute!(FactKey::new(workload, address));
         let name: NameKey = transmute!(self.0.get(&key, 0).ok()?);
-        let name = name.backwards().iter().rev().copied().collect();
-        String::from_utf8(name).ok().filter(|name| !name.is_empty())
+        spelled(&name)
     }
 }
 

@@ -8,10 +8,13 @@ use std::{
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
 use egress_common::{ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, ResolverKey, Settings, map};
-use zerocopy::{FromBytes, transmute};
+use zerocopy::transmute;
 
-use super::{DataplaneError, failed, open, sys};
-use crate::pins::{self, PinError};
+use super::{DataplaneError, WHERE_IT_MATTERS, failed, open, sys};
+use crate::{
+    pins::{self, PinError},
+    report::Reported,
+};
 
 /// Who filled the maps of a set, and with what. An error if they are of another version.
 pub fn meta(set: &Path) -> Result<Meta, DataplaneError> {
@@ -150,20 +153,23 @@ pub fn attached(set: &Path) -> Vec<(Hook, u64)> {
     links(set).into_iter().filter_map(|(hook, path)| Some((hook, cgroup(&path).filter(|&id| id != 0)?))).collect()
 }
 
-/// The name of the pin of the link by which is listened to a cgroup.
-pub(super) fn listener(id: u64) -> String {
-    format!("{}-{id}", Hook::Ingress.as_str())
+/// The name of the pin of the link of a hook that is attached where it matters.
+pub(super) fn spot(hook: Hook, id: u64) -> String {
+    format!("{}-{id}", hook.as_str())
 }
 
 /// The pinned links of a set, in the order of the hooks.
 fn links(set: &Path) -> Vec<(Hook, PathBuf)> {
     let single = Hook::ALL.iter().map(|&hook| (hook, set.join(hook.as_str()))).filter(|(_, path)| path.exists());
-    let prefix = listener(0).trim_end_matches('0').to_owned();
-    let is_listener = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix));
     let entries = fs::read_dir(set).into_iter().flatten().flatten().map(|entry| entry.path());
-    let mut listeners: Vec<PathBuf> = entries.filter(is_listener).collect();
-    listeners.sort();
-    single.chain(listeners.into_iter().map(|path| (Hook::Ingress, path))).collect()
+    let hook = |path: &PathBuf| {
+        let (hook, id) = path.file_name()?.to_str()?.split_once('-')?;
+        id.parse::<u64>().ok()?;
+        WHERE_IT_MATTERS.iter().find(|known| known.as_str() == hook).copied()
+    };
+    let mut spots: Vec<(Hook, PathBuf)> = entries.filter_map(|path| Some((hook(&path)?, path))).collect();
+    spots.sort_by(|(_, a), (_, b)| a.cmp(b));
+    single.chain(spots).collect()
 }
 
 /// Takes the programs of a set off their cgroups; the maps stay.
@@ -182,14 +188,14 @@ pub(super) fn detach_link(path: &Path) -> Result<(), PinError> {
 }
 
 /// The events of a set that nobody has read, without their rules: only the agent that filled the set knew their numbers.
-pub fn drain(set: &Path) -> Result<Vec<Event>, DataplaneError> {
+pub fn drain(set: &Path) -> Result<Vec<Reported>, DataplaneError> {
     // Those of another version would be misread.
     meta(set)?;
     let open_ring = |cause| failed(map::EVENTS, "open", cause);
     let mut ring = RingBuf::try_from(Map::RingBuf(open(set, map::EVENTS)?)).map_err(open_ring)?;
     let mut events = Vec::new();
     while let Some(record) = ring.next() {
-        events.extend(Event::read_from_bytes(&record).map(Event::without_rule));
+        events.extend(Event::read(&record).map(|(event, name)| (event.without_rule(), name)));
     }
     Ok(events)
 }

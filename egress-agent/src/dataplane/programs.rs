@@ -98,7 +98,7 @@ enum Without {
 
 const fn without(hook: Hook) -> Without {
     match hook {
-        Hook::Setsockopt | Hook::Egress | Hook::Bind4 | Hook::Bind6 | Hook::Ingress => Without::Degraded,
+        Hook::Setsockopt | Hook::Egress | Hook::Bind4 | Hook::Bind6 | Hook::Ingress | Hook::Query => Without::Degraded,
         Hook::SocketCreate => Without::Expected,
         Hook::Connect4
         | Hook::Connect6
@@ -168,7 +168,7 @@ pub(super) fn ask_cookie(ebpf: &mut Ebpf, own: &Cgroup) -> Result<u64, Dataplane
 const fn attach_type(hook: Hook) -> u32 {
     match hook {
         Hook::Ingress => 0,
-        Hook::Egress => 1,
+        Hook::Egress | Hook::Query => 1,
         Hook::SockCreate => 2,
         Hook::Bind4 => 8,
         Hook::Bind6 => 9,

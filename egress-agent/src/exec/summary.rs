@@ -34,6 +34,8 @@ struct Key {
     protocol: String,
     /// Of nothing, where a socket was refused.
     to: Option<(IpAddr, u16)>,
+    /// What was asked for, where that was judged.
+    asked: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -70,7 +72,7 @@ pub struct Refused {
     /// Port.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// Its name, if the policy has one for it.
+    /// Its name, if the policy has one for it; of a question, what it asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
     /// How often.
@@ -83,7 +85,9 @@ impl Tally {
     pub(super) fn add(&mut self, connection: &Connection) {
         let Connection { verdict, reason, ref protocol, ref destination, ref rule, count, .. } = *connection;
         let to = destination.as_ref().map(|to| (to.address, to.port));
-        let key = Key { verdict, reason, protocol: protocol.clone(), to };
+        let is_question = reason == Reason::DnsQuery.as_str();
+        let asked = destination.as_ref().filter(|_| is_question).and_then(|to| to.host.clone());
+        let key = Key { verdict, reason, protocol: protocol.clone(), to, asked };
         if self.refused.len() >= MOST && !self.refused.contains_key(&key) {
             self.others += count;
             return;
@@ -105,9 +109,11 @@ impl Tally {
             named.map(|(name, _)| name.clone())
         };
         let refused = self.refused.into_iter().map(|(key, Count { count, rule })| {
-            let Key { verdict, reason, protocol, to } = key;
+            let Key { verdict, reason, protocol, to, asked } = key;
             let (address, port) = to.unzip();
-            Refused { verdict, protocol, reason, address, port, host: address.as_ref().and_then(host), count, rule }
+            let is_question = reason == Reason::DnsQuery.as_str();
+            let host = if is_question { asked } else { address.as_ref().and_then(host) };
+            Refused { verdict, protocol, reason, address, port, host, count, rule }
         });
         let destinations: Vec<Refused> = refused.collect();
         let documents: BTreeSet<String> =
@@ -120,7 +126,8 @@ impl Tally {
 
 impl Refused {
     fn to_allow(&self, explainer: &Explainer<'_>) -> Option<String> {
-        if self.reason == Reason::Bypass.as_str() {
+        // What a question would be followed by is not known.
+        if [Reason::Bypass, Reason::DnsQuery].map(Reason::as_str).contains(&self.reason) {
             return None;
         }
         let (address, port, protocol) = (self.address?, self.port?, L4::parse(&self.protocol)?);
@@ -147,8 +154,10 @@ impl fmt::Display for Summary {
                 Some(to) => write!(f, "{}", SocketAddr::from(to))?,
                 None => write!(f, "{}", refused.reason)?,
             }
-            if let Some(host) = &refused.host {
-                write!(f, " ({host})")?;
+            match &refused.host {
+                Some(host) if refused.reason == Reason::DnsQuery.as_str() => write!(f, ", asked for {host}")?,
+                Some(host) => write!(f, " ({host})")?,
+                None => {}
             }
             match &refused.rule {
                 Some(rule) => writeln!(f, " by {rule}")?,

@@ -12,7 +12,6 @@ use crate::{
         EgressPolicy, Kind, PolicySet, Reach, Selector, ServiceEntry,
         code::Code,
         diagnostic::{Finding, Severity, printable},
-        egress_policy::unbuilt::unsupported,
         load::read_object,
     },
 };
@@ -38,10 +37,7 @@ pub(super) fn service_entry(object: &DynamicObject) -> Read<ServiceEntry> {
 /// Reads an `EgressPolicy`. Only the root namespace may select others than pods of its own. What this agent cannot carry out
 /// is refused here, where it concerns one object, not all.
 pub(super) fn egress_policy(object: &DynamicObject, settings: &Settings) -> Read<EgressPolicy> {
-    let (mut findings, valid) = read(Kind::EgressPolicy, object, |policies| policies.egress_policies.pop());
-    if let Some(policy) = &valid {
-        findings.extend(unsupported(policy, true));
-    }
+    let (findings, valid) = read(Kind::EgressPolicy, object, |policies| policies.egress_policies.pop());
     let Read { valid, warnings } = finish(findings, valid);
     let valid = valid.and_then(|policy| confine(policy, &settings.root_namespace)).and_then(|policy| {
         if terminates(&policy) && !settings.may_terminate {
@@ -227,6 +223,5 @@ mod tests {
         };
         assert!(read(json!({ "existing": "Terminate" }), false).unwrap_err().contains("CAP_SYS_ADMIN"));
         assert!(read(json!({ "existing": "Terminate" }), true).is_ok());
-        assert!(read(json!({ "dns": { "queries": "Named" } }), true).unwrap_err().contains("does not carry out"));
     }
 }

@@ -186,9 +186,9 @@ codes! {
     BadSocketProtocol = "E0217", "a socket protocol that is unknown or given twice";
     /// `null` is what YAML makes of a field without a value. Leave the field out, or give it one.
     NullField = "E0218", "a field without a value";
-    /// The field is part of the language, but this version does not carry it out. A policy that depends on it is
-    /// refused rather than enforced by half.
-    NotBuilt = "E0290", "a field that this version does not carry out";
+    /// Who the pods of this node are is told by the Kubernetes API. Without `--kubernetes` a policy that selects pods is refused
+    /// rather than enforced by half.
+    UnknownPods = "E0290", "pods, and nobody who knows them";
 
     /// Host bits are masked: `10.0.0.5/8` is `10.0.0.0/8`, sixteen million addresses.
     HostBits = "W0001", "a prefix with host bits";
@@ -240,8 +240,6 @@ codes! {
     MetadataReachable = "W0205", "the cloud's metadata service is reachable";
     /// Audit policies report and refuse nothing. Where no policy enforces, the node's default alone decides.
     AuditOnly = "W0206", "no policy enforces";
-    /// The field is part of the language, and this version of the agent refuses to enforce a policy that depends on it.
-    NotEnforcedYet = "W0207", "a policy that this version does not enforce";
     /// A raw socket can send any packet, UDP and TCP to any destination included (`IP_HDRINCL`), and no hook sees where to.
     RawSockets = "W0208", "raw sockets, which go around every rule";
 

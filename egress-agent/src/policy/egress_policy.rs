@@ -23,7 +23,6 @@ mod peers;
 mod ports;
 mod rules;
 mod selectors;
-pub mod unbuilt;
 
 /// Reads an object; `None` if anything is wrong with it.
 pub fn decode(decoder: &mut Decoder<'_>, node: &Node<'_>, path: &FieldPath<'_>) -> Option<EgressPolicy> {

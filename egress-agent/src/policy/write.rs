@@ -17,6 +17,8 @@ pub struct Wanted<'a> {
     pub l4: L4,
     /// Its name, if it has one.
     pub host: Option<&'a str>,
+    /// Whether servers of DNS may not be asked for the name yet.
+    pub is_unaskable: bool,
 }
 
 impl Wanted<'_> {
@@ -89,8 +91,10 @@ pub fn egress_policy(wanted: &Wanted<'_>, beside: &EgressPolicy) -> String {
         }
     }
     let (cidr, port, protocol) = (quoted(&wanted.cidr()), wanted.port, wanted.l4.as_str());
+    let named = wanted.host.filter(|_| wanted.is_unaskable).and_then(|host| fqdn(host).ok());
+    let host = named.map(|host| format!("        - host: {}\n", quoted(&host))).unwrap_or_default();
     let allow = format!(
-        "  allow:\n    - to:\n        - cidr: {cidr}\n      ports:\n        - port: {port}\n          protocol: {protocol}\n"
+        "  allow:\n    - to:\n        - cidr: {cidr}\n{host}      ports:\n        - port: {port}\n          protocol: {protocol}\n"
     );
     text.push_str(&allow);
     text
@@ -165,7 +169,7 @@ mod tests {
     use crate::policy::load::load_text;
 
     fn wanted(address: &str) -> Wanted<'static> {
-        Wanted { address: address.parse().unwrap(), port: 3306, l4: L4::Udp, host: None }
+        Wanted { address: address.parse().unwrap(), port: 3306, l4: L4::Udp, host: None, is_unaskable: false }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Nothing is refused here. A segment of a stream that comes before its turn is dropped, so that it is sent again in order.
 
 use aya_ebpf::{macros::cgroup_skb, programs::SkBuffContext};
-use egress_common::{Arrived, Counter, Lesson, Protocol, answer_v4, answer_v6};
+use egress_common::{Arrived, Lesson, Protocol, answer_v4, answer_v6};
 
 use crate::{
     answer::{PASS, REFUSE},
@@ -32,8 +32,10 @@ fn hear(packet: Skb, arrived: &Arrived) -> i32 {
     let is_from_where_it_says = arrived.source.is_loopback() == packet.is_on_loopback();
     let asker = if is_from_where_it_says { asked::by(packet.0, arrived.source) } else { None };
     match (asker, arrived.protocol) {
-        (None, _) => stats::add(Counter::Answered(Lesson::Unasked)),
-        (Some(_), Protocol::TCP) => return if lessons::hear_segment(packet, arrived) { PASS } else { REFUSE },
+        (None, _) => stats::answered(Lesson::Unasked),
+        (Some(workload), Protocol::TCP) => {
+            return if lessons::hear_segment(packet, arrived, workload) { PASS } else { REFUSE };
+        }
         (Some(workload), _) => lessons::hear_datagram(packet, arrived, workload),
     }
     PASS

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use aya_log_ebpf::debug;
-use egress_common::{Address, Decision, Flow, Hook, Reason, Verdict, decide};
+use egress_common::{Address, Decision, Flow, Hook, Protocol, Queries, Reason, Verdict, decide};
 
 use crate::{
     answer::{PASS, answer},
@@ -44,13 +44,23 @@ fn judge_datagram(ctx: &SockAddrContext, hook: Hook, address: Address) -> i32 {
 #[inline(always)]
 fn judge(ctx: &SockAddrContext, hook: Hook, address: Address) -> Decision {
     let flow = Flow { place: workloads::place_current(), protocol: protocol(ctx), address, port: port(ctx) };
-    let decision = decide(&Maps::of(ctx), &flow);
-    events::record(hook, &flow, &decision);
+    let mut decision = decide(&Maps::of(ctx), &flow);
     if let Verdict::Allow | Verdict::WouldDeny = decision.verdict {
         asked::mark(ctx, &flow);
+        match asked::question(ctx, &flow) {
+            Ok(Queries::Named) if connects(hook) && flow.protocol == Protocol::TCP => asked::give_up_soon(ctx),
+            Ok(_) => {}
+            Err(()) => decision = Decision::FAULT,
+        }
     }
+    events::record(hook, &flow, &decision);
     if let Reason::Fault = decision.reason {
         debug!(ctx, "no rules could be read for hook {}: refused", hook.code());
     }
     decision
+}
+
+#[inline(always)]
+const fn connects(hook: Hook) -> bool {
+    matches!(hook, Hook::Connect4 | Hook::Connect6)
 }

@@ -26,7 +26,7 @@ fn egress(ctx: SkBuffContext) -> i32 {
     match way {
         Some(Way { is_bypass: false, .. }) => PASS,
         Some(Way { destination, protocol, .. }) => {
-            let place = workloads::place_of(&ctx);
+            let place = workloads::place_of(&ctx, None);
             judge(&ctx, &Flow { place, protocol, address: destination, port: 0 })
         }
         None => REFUSE,

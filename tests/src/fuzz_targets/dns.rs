@@ -1,8 +1,8 @@
-//! DNS responses, read as the kernel programs read them and as a resolver does.
+//! Messages of DNS, read as the kernel programs read them and as a resolver does.
 
 use std::net::IpAddr;
 
-use egress_common::{Bytes, EndOfName, NameKey, Record, Response, end_of_name};
+use egress_common::{Bytes, EndOfName, NameKey, Question, Record, Response, end_of_name};
 use hickory_proto::{
     op::{Message, MessageType, OpCode},
     rr::{DNSClass, RData},
@@ -35,11 +35,11 @@ impl egress_common::Message for Datagram<'_> {
 pub fn learn(bytes: &[u8]) -> Option<Learnt> {
     let (message, mut key) = (Datagram(bytes), NameKey::EMPTY);
     let response = Response::read(&message)?;
-    if !response.write_key(&message, &mut key) {
+    if !response.question.write_key(&message, &mut key) {
         return None;
     }
     let mut learnt = Learnt { name: key.as_bytes_of_name().to_vec(), addresses: Vec::new() };
-    let mut offset = response.records_at();
+    let mut offset = response.question.end();
     for _ in 0..response.answers {
         let Some(record) = Record::read(&message, offset) else { break };
         assert!(record.next > offset, "the next record is behind this one");
@@ -49,25 +49,41 @@ pub fn learn(bytes: &[u8]) -> Option<Learnt> {
     Some(learnt)
 }
 
-/// Any bytes are read within their bounds, and where a resolver can read them, it finds the same.
-pub fn dns_response(bytes: &[u8]) {
-    let learnt = learn(bytes);
-    let Ok(message) = Message::from_vec(bytes) else { return };
-    assert_eq!(learnt, expected(&message, bytes[3] & 0x0f));
+/// The name that a query asks for, as a key, as the kernel programs read it. `None` if it is refused whatever it asks for.
+pub fn asked(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (message, mut key) = (Datagram(bytes), NameKey::EMPTY);
+    let question = Question::of_query(&message)?;
+    question.write_key(&message, &mut key).then(|| key.as_bytes_of_name().to_vec())
 }
 
-/// The code is of the header alone: a resolver reads more of it from an EDNS record.
-fn expected(message: &Message, code: u8) -> Option<Learnt> {
+/// Any bytes are read within their bounds, and where a resolver can read them, it finds the same.
+pub fn dns_message(bytes: &[u8]) {
+    let (learnt, asked) = (learn(bytes), asked(bytes));
+    let Ok(message) = Message::from_vec(bytes) else { return };
+    assert_eq!(learnt, expected(&message, bytes[3] & 0x0f));
+    let is_question = message.answers.is_empty() && message.authorities.is_empty();
+    let name = named(&message, MessageType::Query);
+    assert_eq!(asked, name.filter(|_| is_question));
+}
+
+/// The key of the one name of a host that a message is about.
+fn named(message: &Message, kind: MessageType) -> Option<Vec<u8>> {
     let [query] = message.queries.as_slice() else { return None };
-    let is_answer = message.metadata.message_type == MessageType::Response && message.metadata.op_code == OpCode::Query;
+    let is_of_kind = message.metadata.message_type == kind && message.metadata.op_code == OpCode::Query;
     let labels: Vec<&[u8]> = query.name().iter().collect();
     let is_plain = |label: &&[u8]| label.iter().all(|&byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte));
-    if !is_answer || code != 0 || labels.is_empty() || !labels.iter().all(is_plain) {
+    if !is_of_kind || labels.is_empty() || !labels.iter().all(is_plain) {
         return None;
     }
     let mut name = labels.join(&b"."[..]).to_ascii_lowercase();
     name.reverse();
     name.push(0);
+    Some(name)
+}
+
+/// The code is of the header alone: a resolver reads more of it from an EDNS record.
+fn expected(message: &Message, code: u8) -> Option<Learnt> {
+    let name = named(message, MessageType::Response).filter(|_| code == 0)?;
     let of_record = |record: &hickory_proto::rr::Record| {
         let address = match record.data {
             RData::A(address) => address.0.into(),
