@@ -64,7 +64,7 @@ pub fn socket(run_directory: &Path, pins: &Path) -> PathBuf {
 }
 
 /// Two digits for each byte.
-pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
+pub fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
         // Writing to a string cannot fail.
         let _ = write!(text, "{byte:02x}");

@@ -443,8 +443,8 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Attaches every hook but those of [`WHERE_IT_MATTERS`] to a cgroup, pinned: the programs stay there when the agent is gone. All of it is undone if one
-    /// of them fails.
+    /// Attaches every hook but those of [`WHERE_IT_MATTERS`] to a cgroup, pinned: the programs stay there when the agent is gone.
+    /// All of it is undone if one of them fails.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
         let mut links = Vec::new();
         for &hook in self.hooks.loaded.iter().filter(|hook| !WHERE_IT_MATTERS.contains(hook)) {

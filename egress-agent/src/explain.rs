@@ -192,14 +192,14 @@ impl<'a> Explainer<'a> {
             policies: self.names.clone(),
             other_rules: None,
             to_allow: None,
-            query: self.query(to),
+            query: self.query(to).map(Verdict::as_str),
         }
     }
 
-    fn query(&self, to: &Destination) -> Option<&'static str> {
+    /// See [`Explanation::query`].
+    fn query(&self, to: &Destination) -> Option<Verdict> {
         let host = to.host.as_deref().filter(|_| self.ruleset.judges_queries())?;
-        let decision = self.ruleset.decide_query(&NameKey::of(host, NameEnd::Exact)?);
-        Some(decision.verdict.as_str())
+        Some(self.ruleset.decide_query(&NameKey::of(host, NameEnd::Exact)?).verdict)
     }
 
     fn other_rules(&self, to: &Destination, decided: Option<&RuleName>) -> Vec<OtherRule> {
@@ -235,11 +235,11 @@ impl<'a> Explainer<'a> {
     }
 
     fn is_unaskable(&self, to: &Destination) -> bool {
-        self.query(to) == Some(Verdict::Deny.as_str())
+        self.query(to) == Some(Verdict::Deny)
     }
 
-    /// A document that allows what the default refuses, or a question for the name. What a `deny` refuses, no document can open, nor `100::/64`, and none can
-    /// name port 0.
+    /// A document that allows what the default refuses, or a question for the name. What a `deny` refuses, no document can open,
+    /// nor `100::/64`, and none can name port 0.
     fn to_allow(&self, to: &Destination, decision: Decision) -> Option<String> {
         let is_denied_by_rule = decision.verdict != Verdict::Allow && decision.rule.is_some();
         if is_denied_by_rule || to.port == 0 || Address::from(to.address).is_discard_only() {

@@ -5,7 +5,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The third word of an IPv4-mapped address, `::ffff:0:0/96` (RFC 4291, 2.5.5.2).
-const MAPPED: u32 = 0x0000_ffff;
+pub(crate) const MAPPED: u32 = 0x0000_ffff;
 /// The first word of the well-known NAT64 prefix `64:ff9b::/96` (RFC 6052, 2.1).
 const NAT64: u32 = 0x0064_ff9b;
 

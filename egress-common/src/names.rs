@@ -168,9 +168,14 @@ impl Claims {
         if claim.is_live(now) { claim.name() } else { None }
     }
 
+    /// Those that still hold.
+    pub fn live_claims(self, now: u32) -> impl Iterator<Item = Claim> {
+        self.0.into_iter().map(Claim).filter(move |claim| claim.is_live(now))
+    }
+
     /// Whether none holds any longer.
     pub fn are_over(&self, now: u32) -> bool {
-        (0..MOST_CLAIMS).all(|index| self.live(index, now).is_none())
+        self.live_claims(now).next().is_none()
     }
 
     /// Where a claim goes: in the place of an older one of the same name, else where nobody's is, else of the one that ends first,

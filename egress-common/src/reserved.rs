@@ -3,7 +3,7 @@
 //! Whoever serves a name chooses its addresses. Were they all believed, a policy that names a partner's host would let
 //! that partner open this host's own services, or the metadata service of the cloud it runs in.
 
-use crate::{Address, coded_enum};
+use crate::{Address, address::MAPPED, coded_enum};
 
 coded_enum! {
     /// Why no name opens an address.
@@ -22,9 +22,6 @@ coded_enum! {
         DiscardOnly = 5 => "discard-only",
     }
 }
-
-/// The third word of an IPv4-mapped address.
-const MAPPED: u32 = 0x0000_ffff;
 
 impl Address {
     /// Why no name opens it; `None` if one may. What is written as an IPv6 address and judged as an IPv4 one counts as that.

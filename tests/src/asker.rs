@@ -5,9 +5,8 @@
 //! alias. Names are resolved by hand, not by the C library, so that a test decides by which socket.
 
 use std::{
-    io::{self, BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read, Seek, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::AsRawFd as _,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     str::FromStr,
     sync::{Arc, Mutex, PoisonError},
@@ -15,12 +14,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use socket2::{Domain, Socket, Type};
 
 use crate::{
     cgroup::Cgroup,
     dial::{Call, Method},
+    escape::{Outcome, sys},
     netns::{self, Netns},
     program,
 };
@@ -178,7 +178,10 @@ impl State {
                 Ok(String::new())
             }
             // Sends bytes in one of several ways; the error's number, or 0.
-            ["send", way, to, bytes] => Ok(errno(&send(way, to.parse()?, &bytes_of(bytes)?)?)),
+            ["send", way, to, bytes] => {
+                let outcome = send(way, to.parse()?, &bytes_of(bytes)?)?;
+                Ok(outcome.err().map_or(0, |step| step.errno).to_string())
+            }
             // Writes the pieces of a stream, one by one, and counts the answers: as many as are expected, or what came in time.
             ["stream", way, server, expected, ref pieces @ ..] => {
                 let pieces = pieces.iter().map(|piece| bytes_of(piece)).collect::<Result<Vec<_>>>()?;
@@ -193,7 +196,8 @@ impl State {
             // Asks on the open socket, then says something to somebody else; the error's number of that, or 0.
             ["besides", to, bytes] => {
                 let socket = self.open.as_ref().context("nothing is open")?;
-                Ok(errno(&socket.send_to(&bytes_of(bytes)?, to.parse::<SocketAddr>()?)))
+                let sent = socket.send_to(&bytes_of(bytes)?, to.parse::<SocketAddr>()?);
+                Ok(sent.err().and_then(|error| error.raw_os_error()).unwrap_or(0).to_string())
             }
             ["receive"] => {
                 let socket = self.open.as_ref().context("nothing is open")?;
@@ -250,87 +254,46 @@ fn ip(arguments: &str) -> Result<()> {
     netns::ip(&arguments.split(' ').collect::<Vec<_>>())
 }
 
-fn errno<T>(result: &io::Result<T>) -> String {
-    result.as_ref().err().map_or(0, |error| error.raw_os_error().unwrap_or(-1)).to_string()
-}
-
-/// Bytes as an order has them.
-pub fn hexadecimal(bytes: &[u8]) -> String {
-    let digit = |value: u8| char::from_digit(value.into(), 16).expect("half a byte");
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
-}
-
 fn bytes_of(text: &str) -> Result<Vec<u8>> {
     let byte = |at| u8::from_str_radix(text.get(at..at + 2).context("pairs of digits")?, 16).context("a byte");
     (0..text.len()).step_by(2).map(byte).collect()
 }
 
 /// Sends a datagram, or what becomes several.
-fn send(way: &str, to: SocketAddr, bytes: &[u8]) -> Result<io::Result<()>> {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind((any, 0))?;
-    socket.connect(to)?;
-    let option = |level, name, value: libc::c_int| {
-        // SAFETY: the kernel reads a number that is there.
-        let result = unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                level,
-                name,
-                (&raw const value).cast(),
-                libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or(4),
-            )
-        };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    };
-    let sent = |count: isize| if count < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    let send = |bytes: &[u8], flags| {
-        // SAFETY: the kernel reads bytes that are there. With `MSG_ZEROCOPY` until they are sent, which may be later: they
-        // stay what they are, as nothing else is done by this process before it ends.
-        sent(unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })
-    };
+fn send(way: &str, to: SocketAddr, bytes: &[u8]) -> Result<Outcome> {
+    let failed = |step| anyhow!("{step:?}");
+    let socket = sys::datagram(to).map_err(failed)?;
+    if let Some(most) = way.strip_prefix("stuffed:") {
+        // Ancillary data of a level that does not exist, almost as much as a socket may hold: there is room for nothing else.
+        let contents = vec![0; most.parse::<usize>()? - 144];
+        return Ok(sys::send_with_controls(&socket, bytes, Some(&to.into()), &[(0x7777, 0, &contents)]));
+    }
+    sys::connect(&socket, to).map_err(failed)?;
     Ok(match way {
-        "plain" => send(bytes, 0),
+        "plain" => sys::send(&socket, bytes, 0),
         // Two writes, one datagram.
         "corked" => {
             let (first, rest) = bytes.split_at(bytes.len() / 2);
-            send(first, libc::MSG_MORE).and_then(|()| send(rest, 0))
+            sys::send(&socket, first, libc::MSG_MORE).and_then(|()| sys::send(&socket, rest, 0))
         }
         "zerocopy" => {
-            option(libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1)?;
-            send(Vec::leak(bytes.to_vec()), libc::MSG_ZEROCOPY)
+            sys::number_option(&socket, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1).map_err(failed)?;
+            // They are there until they are sent, which may be later.
+            sys::send(&socket, Vec::leak(bytes.to_vec()), libc::MSG_ZEROCOPY)
         }
         // Cut in the middle, after everybody has looked at it.
         "cut" => {
-            option(libc::SOL_UDP, libc::UDP_SEGMENT, libc::c_int::try_from(bytes.len() / 2)?)?;
-            send(bytes, 0)
+            let half = i32::try_from(bytes.len() / 2)?;
+            sys::number_option(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, half).map_err(failed)?;
+            sys::send(&socket, bytes, 0)
         }
         "file" => {
             let mut file = tempfile::tempfile()?;
             file.write_all(bytes)?;
-            let mut offset = 0;
-            // SAFETY: both descriptors are open, and the offset is there.
-            sent(unsafe { libc::sendfile(socket.as_raw_fd(), file.as_raw_fd(), &raw mut offset, bytes.len()) })
+            file.rewind()?;
+            sys::send_file(&socket, &file, bytes.len())
         }
-        // With ancillary data that nobody reads, as much as a socket may hold, so that there is room for nothing else.
-        other => {
-            let most: usize =
-                other.strip_prefix("stuffed:").with_context(|| format!("cannot send {other}"))?.parse()?;
-            // A header for as many words: `struct cmsghdr`, of a level that does not exist.
-            let mut control = vec![0_u64; most / 8 - 16];
-            let length = control.len() * 8;
-            (control[0], control[1]) = (length as u64, 0x7777);
-            let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-            // SAFETY: all zeros is a valid value of the type.
-            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-            (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
-            (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), length);
-            let socket = UdpSocket::bind((any, 0))?;
-            let to = socket2::SockAddr::from(to);
-            (message.msg_name, message.msg_namelen) = (to.as_ptr().cast_mut().cast(), to.len());
-            // SAFETY: everything that the message points to is there, and is only read.
-            sent(unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) })
-        }
+        other => bail!("cannot send {other}"),
     })
 }
 

@@ -15,10 +15,10 @@ use std::{
     time::Duration,
 };
 
-use egress_agent::pins::PinDirectory;
+use egress_agent::{control::hexadecimal, pins::PinDirectory};
 use egress_tests::{
     agent::{Agent, Place, binary},
-    asker::{hexadecimal, question},
+    asker::question,
     cgroup::Cgroup,
     eventually,
     netns::Netns,

@@ -8,8 +8,9 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use egress_agent::control::hexadecimal;
 use egress_tests::{
-    asker::{self, Asker, Heard, Transport, framed, hexadecimal, question, wire},
+    asker::{self, Asker, Heard, Transport, framed, question, wire},
     eventually,
     netns::Netns,
     resolving::{FAR, NEAR, SIX, WILDCARD, World, policy},

@@ -109,8 +109,7 @@ impl Facts {
         let key: [u8; size_of::<FactKey>()] = transmute!(*key);
         let there: Claims = self.names.get(&key, 0).map_or(Claims::default(), |there| transmute!(there));
         let now = now();
-        let all = (0..MOST_CLAIMS).filter(|&index| claims.live(index, now).is_some()).map(|index| claims.get(index));
-        let united = all.fold(there, |united, claim| united.with(claim, now));
+        let united = claims.live_claims(now).fold(there, |united, claim| united.with(claim, now));
         if united == there {
             return Ok(());
         }
@@ -151,9 +150,9 @@ impl Facts {
         for (key, claims) in other.names.iter().flatten() {
             let (key, claims): (FactKey, Claims) = (transmute!(key), transmute!(claims));
             let now = now();
-            let translated = (0..MOST_CLAIMS).filter_map(|index| {
-                let name = known.get(&claims.live(index, now)?.number())?;
-                Some(Claim::new(*name, claims.get(index).expires()))
+            let translated = claims.live_claims(now).filter_map(|claim| {
+                let name = known.get(&claim.name()?.number())?;
+                Some(Claim::new(*name, claim.expires()))
             });
             let claims = translated.fold(Claims::default(), |claims, claim| claims.with(claim, now));
             if !claims.are_over(now) {

@@ -81,12 +81,16 @@ pub struct Refused {
     pub rule: Option<RuleName>,
 }
 
+/// Whether a question to a server of DNS was refused for what it asks for.
+fn is_question(reason: &str) -> bool {
+    reason == Reason::DnsQuery.as_str()
+}
+
 impl Tally {
     pub(super) fn add(&mut self, connection: &Connection) {
         let Connection { verdict, reason, ref protocol, ref destination, ref rule, count, .. } = *connection;
         let to = destination.as_ref().map(|to| (to.address, to.port));
-        let is_question = reason == Reason::DnsQuery.as_str();
-        let asked = destination.as_ref().filter(|_| is_question).and_then(|to| to.host.clone());
+        let asked = destination.as_ref().filter(|_| is_question(reason)).and_then(|to| to.host.clone());
         let key = Key { verdict, reason, protocol: protocol.clone(), to, asked };
         if self.refused.len() >= MOST && !self.refused.contains_key(&key) {
             self.others += count;
@@ -111,8 +115,7 @@ impl Tally {
         let refused = self.refused.into_iter().map(|(key, Count { count, rule })| {
             let Key { verdict, reason, protocol, to, asked } = key;
             let (address, port) = to.unzip();
-            let is_question = reason == Reason::DnsQuery.as_str();
-            let host = if is_question { asked } else { address.as_ref().and_then(host) };
+            let host = if is_question(reason) { asked } else { address.as_ref().and_then(host) };
             Refused { verdict, protocol, reason, address, port, host, count, rule }
         });
         let destinations: Vec<Refused> = refused.collect();
@@ -127,7 +130,7 @@ impl Tally {
 impl Refused {
     fn to_allow(&self, explainer: &Explainer<'_>) -> Option<String> {
         // What a question would be followed by is not known.
-        if [Reason::Bypass, Reason::DnsQuery].map(Reason::as_str).contains(&self.reason) {
+        if self.reason == Reason::Bypass.as_str() || is_question(self.reason) {
             return None;
         }
         let (address, port, protocol) = (self.address?, self.port?, L4::parse(&self.protocol)?);
@@ -155,7 +158,7 @@ impl fmt::Display for Summary {
                 None => write!(f, "{}", refused.reason)?,
             }
             match &refused.host {
-                Some(host) if refused.reason == Reason::DnsQuery.as_str() => write!(f, ", asked for {host}")?,
+                Some(host) if is_question(refused.reason) => write!(f, ", asked for {host}")?,
                 Some(host) => write!(f, " ({host})")?,
                 None => {}
             }

@@ -3,6 +3,7 @@
 //! They take what the kernel takes, also where it is nonsense: a library that checks its arguments cannot try a filter.
 
 use std::{
+    fs::File,
     io,
     mem::size_of,
     net::SocketAddr,
@@ -145,6 +146,13 @@ pub fn send_to(socket: &OwnedFd, data: &[u8], flags: i32, to: impl Into<Address>
     }
 }
 
+/// Sends what comes next of a file.
+pub fn send_file(socket: &OwnedFd, file: &File, length: usize) -> Outcome {
+    // SAFETY: no offset is asked for.
+    let sent = unsafe { libc::sendfile(socket.as_raw_fd(), file.as_raw_fd(), ptr::null_mut(), length) };
+    check_size("sendfile", sent)
+}
+
 /// Receives a datagram and forgets it.
 pub fn receive(socket: &OwnedFd) -> Outcome {
     let mut buffer = [0_u8; 64];
@@ -154,8 +162,13 @@ pub fn receive(socket: &OwnedFd) -> Outcome {
 
 /// Sends with control messages, to an address if there is one.
 pub fn send_message(socket: &OwnedFd, to: Option<&Address>, controls: &[Control<'_>]) -> Outcome {
+    send_with_controls(socket, DATA, to, controls)
+}
+
+/// The same of other data.
+pub fn send_with_controls(socket: &OwnedFd, data: &[u8], to: Option<&Address>, controls: &[Control<'_>]) -> Outcome {
     let control = encode(controls);
-    let mut part = libc::iovec { iov_base: DATA.as_ptr().cast_mut().cast(), iov_len: DATA.len() };
+    let mut part = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
     let message = header(to, &control, &mut part);
     // SAFETY: everything that the message points to lives through the call and is as long as said.
     check_size("sendmsg", unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) })

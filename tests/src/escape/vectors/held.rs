@@ -131,9 +131,7 @@ fn move_pages(from: &OwnedFd, socket: &OwnedFd) -> Outcome {
 
 fn sendfile(socket: &OwnedFd) -> Outcome {
     let file = File::open("/proc/self/exe").map_err(|error| Step::new("open", &error))?;
-    // SAFETY: no offset is passed.
-    let sent = unsafe { libc::sendfile(socket.as_raw_fd(), file.as_raw_fd(), std::ptr::null_mut(), 64) };
-    check_size("sendfile", sent)
+    sys::send_file(socket, &file, 64)
 }
 
 /// Waits until it is killed, which it is with its parent.
