@@ -8,6 +8,7 @@
 
 pub mod actor;
 pub mod agent;
+pub mod alternation;
 pub mod asker;
 pub mod bpffs;
 pub mod cgroup;
@@ -27,6 +28,7 @@ pub mod pages;
 pub mod reference;
 pub mod resolving;
 pub mod scenario;
+pub mod soak;
 pub mod world;
 
 use std::{

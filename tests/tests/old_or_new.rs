@@ -17,21 +17,18 @@ use std::{
 
 use egress_agent::{
     cgroup,
-    compile::{Context, NodeAction, NodeDefault},
     dataplane::{Change, Dataplane, KernelLog, NameSettings, PacketGuard},
     pins::PinDirectory,
-    policy::{L4, PolicySet, load::load_text},
+    policy::PolicySet,
     scopes::{Layout, Node, Selector, UnknownWorkloads},
-    workload::Workload,
 };
 use egress_tests::{
     agent::Agent,
+    alternation::{SPECS, context, expected, policies, text},
     bpffs::Bpffs,
     cgroup::Cgroup,
-    dial::{Call, Method},
     hammer::{Expected, Hammer, THREADS, Tally},
     netns::Netns,
-    reference::{Answer, Question, judge},
     world::World,
 };
 use rustix::process::Signal;
@@ -42,92 +39,9 @@ const OBJECT: &str = match option_env!("EGRESS_EBPF_OBJECT") {
     None => concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/egress-ebpf.o"),
 };
 
-/// They take turns.
-const SPECS: [&str; 6] = [
-    // A wide prefix, with a hole.
-    "allow: [{ to: [{ cidr: 10.0.0.0/8 }, { cidr: 192.0.2.1 }] }], deny: [{ to: [{ cidr: 10.1.2.3 }] }]",
-    // Neither of both.
-    "allow: [{ to: [{ cidr: 192.0.2.1 }, { cidr: 192.0.2.2 }] }]",
-    // The other way round: all is refused but what is inside, and sets of ports.
-    "deny: [{ to: [{ cidr: 10.2.0.0/16 }] }], allow: [{ to: [{ cidr: 10.1.2.3 }] },
-       { to: [{ cidr: 192.0.2.0/24 }], ports: [{ port: 80, protocol: Any }, { port: 90, endPort: 99 }, { port: 200 }] }]",
-    // Beside it an audit view, which changes no answer.
-    "allow: [{ to: [{ cidr: 10.0.0.0/8 }], ports: [{ port: 80, endPort: 89, protocol: Any }, { port: 91 }, { port: 93 }] },
-       { to: [{ cidr: 192.0.2.1 }] }]\n---\nAudit\ndeny: [{ to: [{ cidr: 0.0.0.0/0 }] }]",
-    // Everything but what is never open; both families.
-    "defaultAction: Allow, deny: [{ to: [{ cidr: 203.0.113.0/24 }, { cidr: 10.9.0.0/16 },
-       { cidr: 2001:db8:3::/48 }] }]",
-    // A chain of prefixes, each of which says something else than the one around it.
-    "allow: [{ to: [{ cidr: 10.1.0.0/16, except: [10.1.2.0/24] }, { cidr: 10.1.2.2/31 }, { cidr: 10.9.0.0/16 }, { cidr: 192.0.2.1 }] },
-       { to: [{ cidr: 2001:db8::/32, except: ['2001:db8:3::/48'] }] }], deny: [{ to: [{ cidr: 10.1.2.2 }] }]",
-];
-
-/// The text of a policy, with its audit policy if it has one.
-fn text(spec: &str) -> String {
-    let mut parts = spec.split("\n---\nAudit\n").zip(["Enforce", "Audit"]).map(|(spec, mode)| {
-        format!(
-            "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: {{ name: {} }}\n\
-             spec: {{ mode: {mode}, dns: {{ servers: None }}, {spec} }}\n",
-            mode.to_lowercase()
-        )
-    });
-    let first = parts.next().unwrap_or_default();
-    parts.fold(first, |text, part| text + "---\n" + &part)
-}
-
-fn context() -> Context {
-    let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: false };
-    Context::new(node_default)
-}
-
-fn policies() -> Vec<PolicySet> {
-    let load = |spec: &&str| {
-        let loaded = load_text("policy.yaml", &text(spec));
-        assert!(!loaded.has_errors(), "{:#?}", loaded.findings);
-        loaded.policies
-    };
-    SPECS.iter().map(load).collect()
-}
-
-/// Every destination in every way, with what the documents say of it.
-fn expected(policies: &[PolicySet]) -> Vec<Expected> {
-    let addresses = [
-        "10.1.2.3",
-        "10.1.2.2",
-        "10.1.2.9",
-        "10.1.9.9",
-        "10.2.0.1",
-        "10.9.9.9",
-        "192.0.2.1",
-        "192.0.2.2",
-        "203.0.113.9",
-        "2001:db8::1",
-        "2001:db8:3::1",
-    ];
-    let mut expected = Vec::new();
-    for address in addresses {
-        for (method, l4, port) in [
-            (Method::TcpConnect, L4::Tcp, 80),
-            (Method::TcpConnect, L4::Tcp, 95),
-            (Method::UdpConnect, L4::Udp, 80),
-            (Method::UdpConnect, L4::Udp, 95),
-            (Method::UdpSend, L4::Udp, 80),
-        ] {
-            let address = address.parse().unwrap();
-            let asked = Question { l4, address, port };
-            let is_open = |policies: &PolicySet| {
-                !matches!(judge(policies, &Workload::default(), &context(), asked), Answer::Deny(_))
-            };
-            let call = Call { method, mapped: port == 95, to: (address, port).into() };
-            expected.push(Expected { call, is_open: policies.iter().map(is_open).collect() });
-        }
-    }
-    expected
-}
-
 #[test]
 fn the_destinations_tell_the_policies_apart() {
-    let expected = expected(&policies());
+    let expected = expected(&policies().unwrap());
     let with = |wanted: &dyn Fn(&Expected) -> bool| expected.iter().filter(|expected| wanted(expected)).count();
     let always = with(&|expected| expected.is_open.iter().all(|&is_open| is_open));
     let never = with(&|expected| !expected.is_open.iter().any(|&is_open| is_open));
@@ -169,7 +83,7 @@ impl Filter {
             let mut selector = Selector::new(policies.into(), context(), UnknownWorkloads::Deny, Vec::new());
             selector.layout(&nodes, None).unwrap()
         };
-        let layouts: Vec<Layout> = policies().into_iter().map(layout).collect();
+        let layouts: Vec<Layout> = policies().unwrap().into_iter().map(layout).collect();
         let set = PinDirectory::claim(pins).unwrap().begin().unwrap();
         let mut dataplane = Dataplane::prepare(
             &fs::read(OBJECT).unwrap(),
@@ -210,7 +124,7 @@ fn each_answer_is_that_of_the_old_or_the_new_policy() {
     const FILTERS: usize = 16;
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let (bpffs, namespace) = (Bpffs::new().unwrap(), Netns::with_every_address_local().unwrap());
-    let expected = expected(&policies());
+    let expected = expected(&policies().unwrap());
     let mut filters: Vec<Filter> =
         (0..FILTERS).map(|index| Filter::new(&bpffs.path().join(format!("pins-{index}")))).collect();
     let end = Instant::now() + TIME;
@@ -265,7 +179,7 @@ fn change(world: &World, hammer: &Hammer, number: u64, mut put_in_force: impl Fn
 fn world() -> (World, Vec<Expected>) {
     let world = World::opening(&[]).unwrap();
     world.write(&text(SPECS[0])).unwrap();
-    (world, expected(&policies()))
+    (world, expected(&policies().unwrap()))
 }
 
 #[test]

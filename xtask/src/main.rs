@@ -16,6 +16,7 @@ mod kube;
 mod process;
 mod root;
 mod run;
+mod soak;
 mod step;
 mod test;
 mod toolchain;
@@ -70,6 +71,9 @@ enum Command {
     Chart(chart::Options),
     /// Boot kernels of Debian in QEMU and run the kernel tests in them; all of them, if none is named
     Vm(vm::Options),
+    /// Run floods, churn, kills, stalled readers and hostile processes side by side for minutes, and print what was seen of
+    /// each invariant
+    Soak(soak::Options),
     /// Build a Kubernetes API server, once, and run the tests that need one
     Kube(kube::Options),
     /// Build what is shipped to hosts, in target/dist: a tarball and a Debian package of the agent, linked statically, with
@@ -100,6 +104,7 @@ fn command(command: &Command) -> anyhow::Result<()> {
         Command::Docs => docs::docs(&workspace),
         Command::Chart(options) => chart::chart(&workspace, options),
         Command::Vm(options) => vm::vm(&workspace, options),
+        Command::Soak(options) => soak::soak(&workspace, options),
         Command::Kube(options) => kube::kube(&workspace, options),
         Command::Dist => dist::dist(&workspace),
         Command::Image => image::image(&workspace),

@@ -45,7 +45,8 @@ fn environment(workspace: &Workspace) -> Result<Environment> {
     Ok(environment)
 }
 
-fn compile(workspace: &Workspace, selection: &[OsString]) -> Result<()> {
+/// Compiles the tests that cargo's arguments select, with the features that all of them have.
+pub fn compile(workspace: &Workspace, selection: &[OsString]) -> Result<()> {
     let mut cargo = workspace.cargo();
     cargo.args(["test", "--no-run"]).args(packages(selection)).args(selection);
     process::run(&mut cargo, "compiling the tests")

@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{build, companions, debian::Debian, dist, process, root, step, workspace::Workspace};
+use crate::{build, companions, debian::Debian, dist, root, step, test, workspace::Workspace};
 
 mod image;
 mod machine;
@@ -100,7 +100,8 @@ pub fn vm(workspace: &Workspace, options: &Options) -> Result<()> {
     let mut outcomes = BTreeMap::new();
     for kernel in &kernels {
         let log = if is_all { kernel.name.to_owned() } else { format!("{}-some", kernel.name) };
-        outcomes.insert(kernel.name, kernel.test(workspace, &log, &tests, &options.arguments)?);
+        let wanted = Wanted { files: &tests, arguments: &options.arguments, ..Wanted::default() };
+        outcomes.insert(kernel.name, kernel.test(workspace, &log, &wanted)?);
     }
     if is_all {
         report(workspace)?;
@@ -112,7 +113,37 @@ pub fn vm(workspace: &Workspace, options: &Options) -> Result<()> {
 pub fn ordinary(workspace: &Workspace) -> Result<()> {
     let (name, files) = ORDINARY;
     let kernel = KERNELS.iter().find(|kernel| kernel.name == name).context("it is one of the kernels")?;
-    conclude(&BTreeMap::from([(name, kernel.test(workspace, "ordinary", files, &[])?)]))
+    let wanted = Wanted { files, ..Wanted::default() };
+    conclude(&BTreeMap::from([(name, kernel.test(workspace, "ordinary", &wanted)?)]))
+}
+
+/// Runs the soak for so many minutes under these kernels.
+pub fn soak(workspace: &Workspace, kernels: &[String], minutes: u64) -> Result<()> {
+    const FILES: [&str; 1] = ["soak"];
+    let kernels = select(kernels, &KERNELS, |kernel| kernel.name, "kernel")?;
+    prepare(workspace, &FILES)?;
+    let wanted = Wanted {
+        files: &FILES,
+        arguments: &["--nocapture".into()],
+        variables: &[("EGRESS_SOAK_MINUTES", minutes.to_string().into())],
+        // It sets up and ends in minutes of its own.
+        patience: Duration::from_mins(minutes) + PATIENCE,
+    };
+    let mut outcomes = BTreeMap::new();
+    for kernel in kernels {
+        let log = format!("{}-soak", kernel.name);
+        outcomes.insert(kernel.name, kernel.test(workspace, &log, &wanted)?);
+        eprintln!("{}", soak_table(&Init::Plain.log(workspace, &log))?);
+    }
+    conclude(&outcomes)
+}
+
+/// The lines of the console between those that begin and end a test file.
+fn soak_table(log: &Path) -> Result<String> {
+    let bytes = std::fs::read(log).with_context(|| format!("cannot read {}", log.display()))?;
+    let text = String::from_utf8_lossy(&bytes);
+    let lines = text.lines().skip_while(|line| !line.starts_with("=== RUN")).take_while(|line| !line.starts_with("=== EXIT"));
+    Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "it is a command like the others")]
@@ -139,8 +170,8 @@ fn prepare(workspace: &Workspace, tests: &[&'static str]) -> Result<()> {
     if !Init::Systemd.select(tests).is_empty() {
         dist::dist(workspace)?;
     }
-    let mut cargo = workspace.cargo();
-    process::run(cargo.args(["test", "--no-run", "--package", "egress-tests"]), "compiling the tests")
+    let selection: Vec<OsString> = tests.iter().flat_map(|test| ["--test", test]).map(OsString::from).collect();
+    test::compile(workspace, &selection)
 }
 
 /// Writes the documentation, once all kernels have run.
@@ -162,6 +193,23 @@ fn report(workspace: &Workspace) -> Result<()> {
 fn conclude(outcomes: &BTreeMap<&str, Outcome>) -> Result<()> {
     let failed: Vec<&str> = outcomes.iter().filter(|(_, outcome)| !outcome.is_good()).map(|(name, _)| *name).collect();
     if failed.is_empty() { Ok(()) } else { bail!("tests fail under {}", failed.join(", ")) }
+}
+
+/// What to run under a kernel.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    files: &'a [&'static str],
+    /// For each test program.
+    arguments: &'a [OsString],
+    variables: &'a [(&'static str, OsString)],
+    /// How long one test file may take.
+    patience: Duration,
+}
+
+impl Default for Wanted<'_> {
+    fn default() -> Self {
+        Self { files: &[], arguments: &[], variables: &[], patience: PATIENCE }
+    }
 }
 
 /// What a machine has as its first process.
@@ -188,19 +236,14 @@ impl Init {
 
 impl Kernel {
     /// Runs tests; what they print is kept under `log_name`.
-    fn test(
-        &self,
-        workspace: &Workspace,
-        log_name: &str,
-        files: &[&'static str],
-        arguments: &[OsString],
-    ) -> Result<Outcome> {
+    fn test(&self, workspace: &Workspace, log_name: &str, wanted: &Wanted<'_>) -> Result<Outcome> {
         ensure!(cfg!(target_arch = "x86_64"), "kernels are run on x86-64 only");
         let mut outcomes = Vec::new();
         for init in [Init::Plain, Init::Systemd] {
-            let files = init.select(files);
+            let files = init.select(wanted.files);
             if !files.is_empty() {
-                let tests = Tests { files, are_ignored: init == Init::Systemd, arguments, patience: PATIENCE };
+                let Wanted { arguments, variables, patience, .. } = *wanted;
+                let tests = Tests { files, are_ignored: init == Init::Systemd, arguments, variables, patience };
                 outcomes.push(self.boot(workspace, init, &init.log(workspace, log_name), &tests)?);
             }
         }

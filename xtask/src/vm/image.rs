@@ -40,7 +40,7 @@ const MODULES: [&str; 17] = [
 const PROGRAMS: [&str; 2] = ["ip", "unshare"];
 
 /// Programs of the tests' own, beside the test files.
-const ACTORS: [&str; 5] = ["actor", "asker", "dial", "escapee", "quic"];
+const ACTORS: [&str; 6] = ["actor", "asker", "dial", "escapee", "hammer", "quic"];
 
 /// The first process where there is no systemd: it makes ready what systemd would, and runs the tests.
 const INIT: &str = "#!/bin/busybox sh
@@ -111,6 +111,8 @@ pub struct Tests<'a> {
     pub are_ignored: bool,
     /// For each of them.
     pub arguments: &'a [OsString],
+    /// Of the environment, beside those that lead tests to what they run.
+    pub variables: &'a [(&'static str, OsString)],
     /// How long each of them may take.
     pub patience: Duration,
 }
@@ -233,6 +235,7 @@ impl Image {
             ("PATIENCE", tests.patience.as_secs().to_string().into()),
             ("WORK", work.into()),
         ];
+        let variables = [&variables, tests.variables].concat();
         self.text("environment", &environment(&variables, tests.arguments));
         Ok(self)
     }
