@@ -59,12 +59,13 @@ pub fn soak(options: Options) -> Result<Table> {
     let end = Instant::now() + options.time;
     let lives = thread::scope(|scope| {
         let workers = Workers { site: &site, stage: &stage, table: &table, supervisor: &supervisor };
-        let mut running = workers.start(scope)?;
+        let started = workers.start(scope);
         let hammer = &hammer;
-        running.push(scope.spawn(move || take_turns(workers, hammer)));
-        let lives = live(workers, end);
+        let turns = scope.spawn(move || take_turns(workers, hammer));
+        let lives = started.as_ref().map_err(|error| anyhow!("{error:#}")).and_then(|_| live(workers, end));
         stage.stop();
-        let joined = running.into_iter().map(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?);
+        let running = started.unwrap_or_default().into_iter().chain([turns]);
+        let joined = running.map(|worker| worker.join().map_err(|_| anyhow!("a worker panicked"))?);
         joined.collect::<Result<()>>().and(lives)
     })?;
     let tally = hammer.finish()?;
@@ -89,7 +90,7 @@ fn live(workers: Workers<'_>, end: Instant) -> Result<u64> {
         }
         thread::sleep(LIFE / 4);
         account(workers)?;
-        if is_last {
+        if is_last || !workers.stage.goes_on() {
             return Ok(lives);
         }
         let signal = if lives % 2 == 0 { Signal::KILL } else { Signal::TERM };

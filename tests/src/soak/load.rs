@@ -47,10 +47,12 @@ impl Site {
     pub fn new() -> Result<Self> {
         let world = World::opening(&[])?;
         let child = |name| world.cgroup.child(name);
+        let top = child("deep")?;
+        let below = top.nested(DEEP)?;
         Ok(Self {
             hammer: child("hammer")?,
             floods: [child("flood-1")?, child("flood-2")?],
-            deep: child("deep")?.nested(DEEP)?,
+            deep: [top].into_iter().chain(below).collect(),
             neighbour: child("neighbour")?,
             churn: child("churn")?,
             udp: child("udp")?,
@@ -77,18 +79,20 @@ impl<'a> Workers<'a> {
         'a: 'scope,
     {
         let workers = *self;
+        // A worker that fails ends all of it.
+        let watched = move |result: Result<()>| result.inspect_err(|_| workers.stage.stop());
         let deepest = self.site.deep.last().unwrap_or(&self.site.churn);
         let mut running = Vec::new();
         for cgroup in self.site.floods.iter().chain([deepest]) {
             let dialer = self.dialer(cgroup)?;
-            running.push(scope.spawn(move || workers.flood(dialer)));
+            running.push(scope.spawn(move || watched(workers.flood(dialer))));
         }
         let (dialer, heard) = (self.dialer(&self.site.neighbour)?, self.supervisor.listen(self.site.neighbour.name()));
-        running.push(scope.spawn(move || workers.be_neighbour(dialer, &heard)));
-        running.push(scope.spawn(move || workers.churn_cgroups()));
-        running.push(scope.spawn(move || workers.churn_policies()));
-        running.push(scope.spawn(move || workers.answer_peers()));
-        running.push(scope.spawn(move || workers.ask_status()));
+        running.push(scope.spawn(move || watched(workers.be_neighbour(dialer, &heard))));
+        running.push(scope.spawn(move || watched(workers.churn_cgroups())));
+        running.push(scope.spawn(move || watched(workers.churn_policies())));
+        running.push(scope.spawn(move || watched(workers.answer_peers())));
+        running.push(scope.spawn(move || watched(workers.ask_status())));
         Ok(running)
     }
 
@@ -146,7 +150,7 @@ impl<'a> Workers<'a> {
             number += 1;
             let mut name = format!("job-{}", number % 50).into_bytes();
             if number % 3 == 0 {
-                name.extend(b"\xff\n\x1b[31m");
+                name.extend(b"\xff\x1b[31m");
             }
             let cgroup = self.site.churn.child_of_bytes(OsStr::from_bytes(&name))?;
             let mut dialer = self.dialer(&cgroup)?;
