@@ -1,14 +1,19 @@
 //! Cgroups: where the cgroup2 hierarchy is mounted, which cgroup a path means, and which path an id has.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet, VecDeque},
     ffi::{OsStr, OsString},
-    fs::{self, File},
+    fs::{self, DirEntry, File},
     io,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{DirEntryExt, MetadataExt},
+    },
     path::{Component, Path, PathBuf},
+    time::{Duration, Instant},
 };
 
+use egress_common::MAX_LEVEL;
 use rustix::{fs::statfs, thread::gettid};
 use thiserror::Error;
 
@@ -169,9 +174,12 @@ pub(crate) fn directories(mount: &Path) -> impl Iterator<Item = PathBuf> {
 
 /// The names of the cgroups directly below one. What goes away meanwhile is no longer there to be listed.
 pub(crate) fn children(directory: &Path) -> impl Iterator<Item = OsString> {
+    directory_entries(directory).map(|entry| entry.file_name())
+}
+
+fn directory_entries(directory: &Path) -> impl Iterator<Item = DirEntry> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    children.map(|entry| entry.file_name())
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
 }
 
 /// The path of a cgroup without its leading slash, as it is below a mount of the hierarchy.
@@ -187,51 +195,133 @@ fn is_on_cgroup2(path: &Path) -> bool {
 #[derive(Debug)]
 pub struct CgroupPaths {
     mount: PathBuf,
-    /// `None` for those that were gone.
-    known: HashMap<u64, Option<PathBuf>>,
+    known: HashMap<u64, PathBuf>,
+    /// Bytes of what is known.
+    bytes: usize,
+    /// Those that were looked for and are gone; no other cgroup gets their ids.
+    gone: HashSet<u64>,
+    /// How long the whole hierarchy may be walked, and from when on it may be again; without a bound, as often as asked.
+    patience: Option<Duration>,
+    next_walk: Option<Instant>,
 }
+
+/// Most cgroups that are remembered where that is bounded, and most bytes of their paths.
+const MAX_KNOWN: usize = 1 << 15;
+const MAX_KNOWN_BYTES: usize = 4 << 20;
+/// A walk of the hierarchy takes no longer than this, where that is bounded, and there is one a second.
+const MAX_WALK: Duration = Duration::from_millis(100);
+const WALK_AGAIN: Duration = Duration::from_secs(1);
 
 impl CgroupPaths {
     /// Paths below a cgroup2 mount.
     pub fn new(mount: PathBuf) -> Self {
-        Self { mount, known: HashMap::new() }
-    }
-
-    /// The path from the root of the hierarchy. `pid` is a process that was in the cgroup: its own entry in `/proc`
-    /// saves a walk over the whole tree. `None` if the cgroup was gone before it was looked for.
-    pub fn path(&mut self, id: u64, pid: Option<u32>) -> Option<&Path> {
-        if !self.known.contains_key(&id) {
-            match pid.and_then(|pid| self.of_process(id, pid)) {
-                Some(path) => drop(self.known.insert(id, Some(path))),
-                None => self.walk(),
-            }
-            // A cgroup that is gone is not looked for again.
-            self.known.entry(id).or_insert(None);
+        Self {
+            mount,
+            known: HashMap::new(),
+            bytes: 0,
+            gone: HashSet::new(),
+            patience: None,
+            next_walk: None,
         }
-        self.known.get(&id)?.as_deref()
     }
 
-    /// The ids of the cgroups above one at a path, the nearest first.
-    pub fn above(&self, path: &Path) -> impl Iterator<Item = u64> {
-        let below = |above: &Path| fs::metadata(self.mount.join(below(above))).ok().map(|meta| meta.ino());
-        path.ancestors().skip(1).filter_map(below).collect::<Vec<_>>().into_iter()
+    /// The same for whoever must not be held up, however many cgroups there are, and however many come and go: what would
+    /// take longer, or more memory, is not known.
+    #[must_use]
+    pub fn bounded(self) -> Self {
+        Self { patience: Some(MAX_WALK), ..self }
     }
 
-    fn of_process(&self, id: u64, pid: u32) -> Option<PathBuf> {
-        let path = cgroup2_path(&fs::read(format!("/proc/{pid}/cgroup")).ok()?)?;
-        let is_it = fs::metadata(self.mount.join(&path)).is_ok_and(|meta| meta.ino() == id);
-        is_it.then(|| Path::new("/").join(path))
+    /// The path from the root of the hierarchy. `None` if the cgroup is gone, or is not known.
+    pub fn path(&mut self, id: u64) -> Option<&Path> {
+        if !self.known.contains_key(&id) && !self.gone.contains(&id) && self.may_walk() && self.walk() {
+            // A cgroup that is gone is not looked for again.
+            if !self.known.contains_key(&id) {
+                self.gone.insert(id);
+            }
+        }
+        self.known.get(&id).map(PathBuf::as_path)
     }
 
-    /// Learns every cgroup there is, and forgets the others.
-    fn walk(&mut self) {
-        let known = directories(&self.mount).filter_map(|directory| {
-            let id = fs::metadata(&directory).ok()?.ino();
-            let below = directory.strip_prefix(&self.mount).unwrap_or(&directory);
-            Some((id, Some(Path::new("/").join(below))))
-        });
-        self.known = known.collect();
+    /// Whether the path is known without looking.
+    pub fn knows(&self, id: u64) -> bool {
+        self.known.contains_key(&id)
     }
+
+    /// Learns the path of a cgroup from what `/proc` tells of a process that was in it, which saves a walk.
+    pub fn learn(&mut self, id: u64, told: &[u8]) {
+        let Some(path) = cgroup2_path(told) else { return };
+        if fs::metadata(self.mount.join(&path)).is_ok_and(|meta| meta.ino() == id) {
+            self.insert(id, Path::new("/").join(path));
+        }
+    }
+
+    /// The ids of the cgroups above one at a path, the nearest first, of those that can be placed.
+    pub fn above(&self, path: &Path) -> Vec<u64> {
+        let id = |above: &Path| fs::metadata(self.mount.join(below(above))).ok().map(|meta| meta.ino());
+        let depth = path.components().count().saturating_sub(1);
+        let too_deep = depth.saturating_sub(1).saturating_sub(MAX_LEVEL.into());
+        path.ancestors().skip(1 + too_deep).filter_map(id).collect()
+    }
+
+    fn may_walk(&self) -> bool {
+        self.patience.is_none() || self.next_walk.is_none_or(|at| Instant::now() >= at)
+    }
+
+    /// Learns every cgroup there is, those nearest to the root first, and forgets the others. Whether these are all.
+    fn walk(&mut self) -> bool {
+        let until = self.patience.map(|patience| Instant::now() + patience);
+        let before = std::mem::take(&mut self.known);
+        self.bytes = 0;
+        self.gone.clear();
+        let mut is_whole = inode(&self.mount).is_some_and(|id| self.insert(id, PathBuf::from("/")));
+        let mut todo = VecDeque::from([PathBuf::from("/")]);
+        while let Some(path) = todo.pop_front() {
+            if until.is_some_and(|until| Instant::now() > until) {
+                is_whole = false;
+                break;
+            }
+            for entry in directory_entries(&self.mount.join(below(&path))) {
+                let child = path.join(entry.file_name());
+                is_whole &= self.insert(entry.ino(), child.clone());
+                if is_whole && has_children(&self.mount.join(below(&child))) {
+                    todo.push_back(child);
+                }
+            }
+        }
+        if !is_whole {
+            for (id, path) in before {
+                if !self.known.contains_key(&id) {
+                    self.insert(id, path);
+                }
+            }
+        }
+        self.next_walk = Some(Instant::now() + WALK_AGAIN);
+        is_whole
+    }
+
+    /// Whether there was room.
+    fn insert(&mut self, id: u64, path: PathBuf) -> bool {
+        let size = path.as_os_str().len() + size_of::<(u64, PathBuf)>();
+        let is_full = self.known.len() >= MAX_KNOWN || self.bytes + size > MAX_KNOWN_BYTES;
+        if is_full && self.patience.is_some() {
+            return false;
+        }
+        self.bytes += size;
+        if let Some(before) = self.known.insert(id, path) {
+            self.bytes -= before.as_os_str().len() + size_of::<(u64, PathBuf)>();
+        }
+        true
+    }
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|meta| meta.ino())
+}
+
+/// Whether a cgroup has some below it: a directory has a link from each of those in it, one from where it is, and its own.
+fn has_children(directory: &Path) -> bool {
+    fs::metadata(directory).is_ok_and(|meta| meta.nlink() > 2)
 }
 
 /// The processes in a cgroup; of a threaded one, the threads, which alone are told.

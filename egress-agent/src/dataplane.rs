@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
     os::fd::{AsFd as _, OwnedFd},
-    path::Path,
+    path::{Component, Path},
     time::SystemTime,
 };
 
@@ -446,6 +446,8 @@ impl Dataplane {
     /// Attaches every hook but those of [`WHERE_IT_MATTERS`] to a cgroup, pinned: the programs stay there when the agent is gone.
     /// All of it is undone if one of them fails.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
+        let level = cgroup.path.components().filter(|part| matches!(part, Component::Normal(_))).count();
+        self.write_meta(self.written.with_level(u8::try_from(level).unwrap_or(u8::MAX)))?;
         let mut links = Vec::new();
         for &hook in self.hooks.loaded.iter().filter(|hook| !WHERE_IT_MATTERS.contains(hook)) {
             links.push((hook.as_str(), programs::attach(&mut self.ebpf, hook, cgroup)?));
@@ -573,6 +575,13 @@ impl Dataplane {
     /// What workloads asked for when they got addresses.
     pub fn asked_names(&self) -> Result<AskedNames, DataplaneError> {
         AskedNames::open(self.pins.path())
+    }
+
+    /// The cgroups whose events found no room in the ring buffer, each with how many: of all of [`Dataplane::lost`], those of
+    /// which it is known.
+    pub fn lost_by_cgroup(&self) -> Result<Vec<(u64, u64)>, DataplaneError> {
+        let shares = self.ebpf.map(map::SHARES).ok_or(DataplaneError::Missing { what: "map", name: map::SHARES })?;
+        pinned::read_shares(shares)
     }
 
     /// How many events found no room in the ring buffer.

@@ -276,6 +276,7 @@ impl Behind<'_> {
         let child = command.spawn(scratch.cgroup())?;
         // The command has what it is to have; this process needs little from here on.
         privileges::keep_only(KEPT);
+        crate::log::write_behind();
         let tally = Arc::new(Mutex::new(Tally::default()));
         let reporter = self.report(&mut enforcement.dataplane, hosts.clone(), Arc::clone(&tally));
         let status = self.follow(child, forwarded, &mut enforcement, (&mut resolver, &hosts)).await;

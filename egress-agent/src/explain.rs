@@ -14,7 +14,8 @@ use crate::{
         Block, CompileError, Context, Part, Statement, assemble,
         combine::{Combined, combine, policy_statements, service_statements},
     },
-    policy::{EgressPolicy, L4, Mode, ObjectName, PolicySet, RuleName, diagnostic::printable, write},
+    policy::{EgressPolicy, L4, Mode, ObjectName, PolicySet, RuleName, write},
+    text::printable_bytes,
     prefix::Prefix,
     ruleset::Ruleset,
     workload::{Workload, selects},
@@ -340,7 +341,7 @@ impl std::fmt::Display for Explanation {
 fn located(rule: &RuleName) -> String {
     match rule {
         RuleName::Document { at, .. } => {
-            format!("{rule} ({}:{})", printable(&at.file.to_string_lossy()), at.line)
+            format!("{rule} ({}:{})", printable_bytes(&*at.file), at.line)
         }
         RuleName::Builtin(_) => rule.to_string(),
     }

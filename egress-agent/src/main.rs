@@ -19,6 +19,7 @@ use egress_agent::{
         Explainer,
         ask::{self, Target, Who, flows},
     },
+    log,
     pins::{self, PinError},
     policy::{
         diagnostic::{Color, Severity, render},
@@ -28,10 +29,12 @@ use egress_agent::{
     run::{self, Reloaded, chain},
     settings,
     status::Status,
+    text::printable,
     users::{PASSWD, Users},
 };
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
+    fmt::MakeWriter,
     layer::SubscriberExt,
     util::SubscriberInitExt,
 };
@@ -59,10 +62,19 @@ fn main() -> ExitCode {
         }
         Err(error) => error.exit(),
     };
-    start_log(cli.log);
     match cli.command {
         Command::Run(args) => run(&args, cli.log),
         Command::Exec(args) => exec(&args, cli.log),
+        command => short(command, cli.log),
+    }
+}
+
+/// A command that only reads and tells: who does not read what it says has time to wait for it.
+fn short(command: Command, level: LogLevel) -> ExitCode {
+    start_log(level, io::stderr);
+    match command {
+        // They were told from these.
+        Command::Run(_) | Command::Exec(_) => ExitCode::from(2),
         Command::Status(args) => finish(status(&args)),
         Command::Reload(args) => finish(reload(&args)),
         Command::Detach(args) => finish(detach(&args)),
@@ -82,10 +94,12 @@ fn finish(result: anyhow::Result<u8>) -> ExitCode {
     }
 }
 
-/// Writes to stderr. There is nobody to tell if that fails.
+/// Writes to stderr, which shows what others have put into it.
 fn say(text: &str) {
-    let _ = io::stderr().write_all(text.as_bytes());
+    let lines: Vec<_> = text.split('\n').map(printable).collect();
+    log::say(&lines.join("\n"));
 }
+
 
 /// Whoever stops reading has read enough: `egress-agent check … | head`. The status is what it would have been.
 fn unless_reader_left(result: io::Result<()>) -> io::Result<()> {
@@ -219,15 +233,23 @@ fn who(args: &ExplainArgs) -> Who {
     }
 }
 
-fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
+fn run(args: &RunArgs, level: LogLevel) -> ExitCode {
+    start_log(level, log::start());
+    let code = run_to_the_end(args, level);
+    log::flush();
+    code
+}
+
+fn run_to_the_end(args: &RunArgs, level: LogLevel) -> ExitCode {
     privileges::prepare();
     // The only thing that needs more than is kept. Whether it is mounted is seen when it is used.
     pins::mount_bpffs(&args.pin_dir);
     // Before there is a second thread, which would keep its own.
     // Whether connections are to be ended is known when the policy is read.
     privileges::keep_only(privileges::START | privileges::TERMINATE | run::files(args));
+    log::write_behind();
     let Some(runtime) = runtime() else { return ExitCode::from(4) };
-    let result = runtime.block_on(run::run(args, log, OBJECT));
+    let result = runtime.block_on(run::run(args, level, OBJECT));
     // A policy that is still being compiled when the agent is asked to stop is not waited for.
     runtime.shutdown_background();
     match result {
@@ -245,11 +267,18 @@ fn runtime() -> Option<tokio::runtime::Runtime> {
     runtime.inspect_err(|error| tracing::error!(%error, "cannot start")).ok()
 }
 
-fn exec(args: &ExecArgs, log: LogLevel) -> ExitCode {
+fn exec(args: &ExecArgs, level: LogLevel) -> ExitCode {
+    start_log(level, log::start());
+    let code = exec_to_the_end(args, level);
+    log::flush_while_read();
+    code
+}
+
+fn exec_to_the_end(args: &ExecArgs, level: LogLevel) -> ExitCode {
     let locked_memory = exec::prepare(args);
     let sudo = Sudo { uid: std::env::var_os("SUDO_UID"), gid: std::env::var_os("SUDO_GID") };
     let Some(runtime) = runtime() else { return ExitCode::from(exec::FAILED) };
-    match runtime.block_on(exec::exec(args, log, OBJECT, &sudo, locked_memory)) {
+    match runtime.block_on(exec::exec(args, level, OBJECT, &sudo, locked_memory)) {
         Ok(Ended { code, summary }) => {
             if !summary.is_empty() {
                 match args.output {
@@ -266,7 +295,7 @@ fn exec(args: &ExecArgs, log: LogLevel) -> ExitCode {
     }
 }
 
-fn start_log(level: LogLevel) {
+fn start_log<W: for<'w> MakeWriter<'w> + Send + Sync + 'static>(level: LogLevel, writer: W) {
     let filter = match level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
@@ -280,6 +309,10 @@ fn start_log(level: LogLevel) {
         // It writes down whole answers that it cannot read. What is wrong with them is told by whoever asked.
         .with_target("kube_client", LevelFilter::OFF);
     let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let format = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(color).with_target(false);
+    let format = tracing_subscriber::fmt::layer()
+        .with_writer(writer)
+        .fmt_fields(log::fields())
+        .with_ansi(color)
+        .with_target(false);
     tracing_subscriber::registry().with(format).with(targets).init();
 }

@@ -20,6 +20,7 @@ use thiserror::Error;
 
 use crate::{
     cgroup::{self, CgroupPaths},
+    text::printable_bytes,
     dataplane::pinned,
 };
 
@@ -184,10 +185,10 @@ pub fn remove_all(path: &Path) -> Result<Vec<String>, PinError> {
         attached.dedup_by_key(|(_, id)| *id);
         pinned::remove(&set)?;
         for (_, id) in attached {
-            let cgroup = paths.as_mut().and_then(|paths| paths.path(id, None)).map(|path| path.display().to_string());
+            let cgroup = paths.as_mut().and_then(|paths| paths.path(id)).map(printable_bytes);
             removed.push(format!("cgroup {} is no longer filtered", cgroup.unwrap_or_else(|| id.to_string())));
         }
-        removed.push(format!("removed {}", set.display()));
+        removed.push(format!("removed {}", printable_bytes(&set)));
     }
     pins.remove()?;
     Ok(removed)

@@ -37,7 +37,7 @@ use crate::{
     pods::{PodNames, ROOTS},
     policy::load::{LoadError, LoadOptions},
     privileges::{self, CapabilitySet, FOREIGN_FILES},
-    report::{Reported, Reporter, Sink},
+    report::{Counts, Reported, Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
     socket_matching,
     source::{Policy, Source, SourceOptions},
@@ -204,12 +204,13 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
     let enricher = enricher.with_pods(pods.clone()).with_asked(enforcement.dataplane.asked_names()?);
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
+    let reports = reporter.counts();
     // Whoever waits for the start may ask at once.
     let control = listen(args);
     announce(&applied, &policy, &enforcement.cgroup.path);
     let (last_error, is_being_written, started) = (None, false, SystemTime::now());
     let rules = applied.rules;
-    let state = State { source, enforcement, policy, hosts, pods, rules, last_error, is_being_written, started };
+    let state = State { source, enforcement, policy, hosts, pods, reports, rules, last_error, is_being_written, started };
     let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
@@ -417,6 +418,7 @@ struct State {
     /// For those who tell of denials.
     hosts: HostNames,
     pods: PodNames,
+    reports: Counts,
     rules: usize,
     /// Why the policy that was read last is not in force.
     last_error: Option<String>,
@@ -643,14 +645,21 @@ impl State {
             documents: self.policy.documents,
             rules: self.rules,
             last_error: self.last_error.clone(),
-            degraded: self.enforcement.degraded(),
+            degraded: self.degraded(),
             attached: self.enforcement.is_attached(),
             pinned: self.enforcement.is_pinned(),
             scopes: self.enforcement.scopes(),
             names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report(), learnt: None },
             kubernetes: self.source.cluster.as_ref().map(|cluster| self.tell_cluster(cluster)),
+            reports: self.reports.tell(),
+            log_lost: crate::log::lost(),
         };
         serde_json::to_string(&told).unwrap_or_default()
+    }
+
+    fn degraded(&self) -> Vec<String> {
+        let outlets = self.reports.degraded().into_iter().chain(crate::log::degraded());
+        self.enforcement.degraded().into_iter().chain(outlets).collect()
     }
 
     fn tell_cluster(&self, cluster: &Cluster) -> kubernetes::Report {
@@ -678,7 +687,14 @@ impl State {
             Err(error) => return tracing::error!(error = %chain(&error), "cannot read the counters"),
         };
         if lost > *before {
-            tracing::warn!(lost = lost - *before, total = lost, "denials were not reported: the ring buffer was full");
+            let by_cgroup = self.enforcement.dataplane.lost_by_cgroup().unwrap_or_default();
+            let workloads = self.reports.losers(by_cgroup);
+            tracing::warn!(
+                lost = lost - *before,
+                total = lost,
+                %workloads,
+                "denials were not reported: the ring buffer was full"
+            );
             *before = lost;
         }
     }

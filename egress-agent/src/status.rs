@@ -19,8 +19,10 @@ use crate::{
     },
     kubernetes,
     pins::{self, PinError},
+    report::{Loss, Reports, Stage, sort},
     resolver::NameReport,
     run::chain,
+    text::{self, printable_bytes},
 };
 
 /// What a probe asks for. Neither is mended by waiting for what only an author of policies can mend.
@@ -53,6 +55,10 @@ pub struct Status {
     pub maps: Vec<MapUse>,
     /// What was answered since the programs were loaded.
     pub counters: Counters,
+    /// What became of the reports; of what happened after the ring buffer, the agent alone knows.
+    pub reports: Reports,
+    /// Lines of the agent's log that nobody read.
+    pub log_lost: u64,
     /// Names of the policies; known by the agent alone.
     pub names: Names,
     /// The Kubernetes API, where it is a source; known by the agent alone.
@@ -132,7 +138,7 @@ pub struct Counters {
     pub deny: u64,
     /// Let through, and an Audit policy would have refused them.
     pub would_deny: u64,
-    /// Reports that found no room.
+    /// Reports that were lost, wherever: see [`Reports::lost`].
     pub events_lost: u64,
 }
 
@@ -204,6 +210,12 @@ pub struct FromAgent {
     /// The Kubernetes API, where it is a source.
     #[serde(default)]
     pub kubernetes: Option<kubernetes::Report>,
+    /// What became of the reports that it read.
+    #[serde(default)]
+    pub reports: Reports,
+    /// Lines of its log that nobody read.
+    #[serde(default)]
+    pub log_lost: u64,
 }
 
 impl Status {
@@ -238,6 +250,8 @@ impl Status {
             scopes: Vec::new(),
             maps: Vec::new(),
             counters: Counters::default(),
+            reports: Reports::default(),
+            log_lost: 0,
             names: Names::default(),
             kubernetes: None,
         };
@@ -251,7 +265,7 @@ impl Status {
 
     fn read_attached(&mut self, set: &Path) {
         let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
-        let mut path_of = |id| paths.as_mut().map(|paths| paths.path(id, None).map(|path| path.display().to_string()));
+        let mut path_of = |id| paths.as_mut().map(|paths| paths.path(id).map(printable_bytes));
         // A cgroup that was removed keeps its programs until the last socket made in it is closed.
         let attached: Vec<(Hook, String)> = pinned::attached(set)
             .into_iter()
@@ -304,7 +318,15 @@ impl Status {
         }
         let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
         let mut path =
-            |id| paths.as_mut().and_then(|paths| paths.path(id, None)).map(|path| path.display().to_string());
+            |id| paths.as_mut().and_then(|paths| paths.path(id)).map(printable_bytes);
+        let mut unknown = self.counters.events_lost;
+        for (id, count) in pinned::lost_by_cgroup(set)? {
+            unknown = unknown.saturating_sub(count);
+            self.reports.lost.push(Loss { cgroup: path(id).or_else(|| Some(id.to_string())), stage: Stage::Ring, count });
+        }
+        if unknown > 0 {
+            self.reports.lost.push(Loss { cgroup: None, stage: Stage::Ring, count: unknown });
+        }
         let workloads = pinned::learners(set)?.into_iter();
         let workloads = workloads.map(|(id, addresses)| {
             let cgroup = if id == SHARED { "shared".to_owned() } else { path(id).unwrap_or(id.to_string()) };
@@ -320,8 +342,11 @@ impl Status {
             Ok(from_agent) => from_agent,
             Err(error) => return self.degraded.push(format!("the agent does not answer: {error}")),
         };
-        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names, kubernetes } =
-            from_agent;
+        self.log_lost = from_agent.log_lost;
+        self.add_reports(from_agent.reports);
+        let FromAgent {
+            since, documents, rules, last_error, degraded, attached, pinned, scopes, names, kubernetes, ..
+        } = from_agent;
         self.degraded.extend(degraded);
         self.degraded.extend(kubernetes.iter().flat_map(kubernetes::Report::degraded));
         self.agent.since = Some(since);
@@ -342,6 +367,15 @@ impl Status {
         }
         let learnt = self.names.learnt.take();
         (self.scopes, self.names, self.kubernetes) = (scopes, Names { learnt, ..names }, kubernetes);
+    }
+
+    /// What the agent knows beside what the kernel counted.
+    fn add_reports(&mut self, told: Reports) {
+        self.counters.events_lost += told.lost.iter().map(|loss| loss.count).sum::<u64>();
+        let Reports { written, mut lost, error } = told;
+        lost.append(&mut self.reports.lost);
+        sort(&mut lost);
+        self.reports = Reports { written, lost, error };
     }
 
     /// Whether the agent is as a probe asks.
@@ -425,6 +459,13 @@ impl fmt::Display for Status {
             f,
             "answers:   {allow} allowed, {deny} denied, {would_deny} would be denied; {events_lost} reports lost"
         )?;
+        for Loss { cgroup, stage, count } in &self.reports.lost {
+            let cgroup = cgroup.as_deref().map_or("other cgroups".into(), text::value);
+            writeln!(f, "           {count} reports lost of {cgroup} ({})", stage.as_str())?;
+        }
+        if self.log_lost > 0 {
+            writeln!(f, "log:       {} lines lost", self.log_lost)?;
+        }
         if let Some(kubernetes::Report { server, node, pods, resources, .. }) = &self.kubernetes {
             writeln!(f, "cluster:   {server}, node {node}, {pods} pods")?;
             for resource in resources {

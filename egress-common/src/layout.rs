@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{Hook, Lesson, Lifetime, Reason, Verdict};
 
 /// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Most scopes at a time, those of a change that is being made included.
 pub const MAX_SCOPES: u32 = 4096;
@@ -21,6 +21,8 @@ pub const MAX_HOSTS: u32 = 1 << 12;
 pub const MAX_LEARNERS: u32 = 1 << 13;
 /// Most pairs of a scope and a resolver that it believes.
 pub const MAX_RESOLVERS: u32 = 1 << 13;
+/// Most cgroups whose part of the ring buffer is counted.
+pub const MAX_SHARES: u32 = 1 << 12;
 /// Most network namespaces in which resolvers are believed.
 pub const MAX_NETNS: u32 = 1 << 12;
 
@@ -60,6 +62,8 @@ pub mod map {
     pub const QUESTIONED: &str = "QUESTIONED";
     /// Per-CPU array: where messages of DNS are read.
     pub const SCRATCH: &str = "SCRATCH";
+    /// Hash of those used last: cgroup → [`crate::Share`].
+    pub const SHARES: &str = "SHARES";
     /// Ring buffer of [`crate::Event`] and [`crate::QueryEvent`].
     pub const EVENTS: &str = "EVENTS";
     /// Per-CPU array of counters, by [`crate::Counter`].
@@ -68,9 +72,9 @@ pub mod map {
     pub const META: &str = "META";
 
     /// Every map.
-    pub const ALL: [&str; 19] = [
+    pub const ALL: [&str; 20] = [
         WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, NAME_IDS, NAMES, HOSTS, QUOTAS, RESOLVERS, NETNS, ASKED,
-        STREAMS, QUESTIONED, SCRATCH, EVENTS, STATS, META,
+        STREAMS, QUESTIONED, SCRATCH, SHARES, EVENTS, STATS, META,
     ];
 }
 
@@ -136,7 +140,9 @@ pub struct Meta {
     agent_version: [u8; VERSION_LEN],
     /// One byte, so that no reader sees half of it.
     deepest: u8,
-    reserved: [u8; 3],
+    /// The level of the cgroup that the programs are attached to.
+    level: u8,
+    reserved: [u8; 2],
     /// One bit for each hook, by its code.
     hooks: u16,
     refused: u16,
@@ -163,7 +169,8 @@ impl Meta {
             policy_hash: [0; 32],
             agent_version: version,
             deepest: 0,
-            reserved: [0; 3],
+            level: 0,
+            reserved: [0; 2],
             hooks: 0,
             refused: 0,
             lifetime: Lifetime { floor: 0, grace: 0 },
@@ -200,6 +207,18 @@ impl Meta {
     #[must_use]
     pub const fn with_deepest(self, deepest: u8) -> Self {
         Self { deepest, ..self }
+    }
+
+    /// With the level of the cgroup that the programs are attached to.
+    #[must_use]
+    pub const fn with_level(self, level: u8) -> Self {
+        Self { level, ..self }
+    }
+
+    /// The level of the cgroup that the programs are attached to; that of the root is 0.
+    #[inline(always)]
+    pub const fn level(&self) -> u8 {
+        self.level
     }
 
     /// With what holds for what is learnt of names: for how long it holds, and how many addresses a workload may have learnt.
@@ -296,10 +315,10 @@ mod tests {
 
     #[test]
     fn meta_tells_who_wrote_it() {
-        let meta = Meta::new(42, "1.2.3").with_policy(7, [9; 32], 11).with_deepest(3);
+        let meta = Meta::new(42, "1.2.3").with_policy(7, [9; 32], 11).with_deepest(3).with_level(2);
         assert_eq!((meta.abi(), meta.pid(), meta.generation()), (ABI_VERSION, 42, 7));
         assert_eq!((meta.agent_version(), meta.policy_hash()), ("1.2.3", &[9; 32]));
-        assert_eq!((meta.applied(), meta.deepest()), (11, 3));
+        assert_eq!((meta.applied(), meta.deepest(), meta.level()), (11, 3, 2));
         let meta = meta.with_hooks(&[Hook::Connect4, Hook::Egress], &[Hook::Setsockopt]);
         assert!(meta.has_hook(Hook::Connect4) && meta.has_hook(Hook::Egress) && !meta.has_hook(Hook::Setsockopt));
         assert!(meta.lacks_hook(Hook::Setsockopt) && !meta.lacks_hook(Hook::Egress));

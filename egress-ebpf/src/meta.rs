@@ -12,6 +12,12 @@ pub(crate) fn deepest() -> u8 {
     META.get(0).map_or(0, Meta::deepest)
 }
 
+/// The level of the cgroup that the programs are attached to.
+#[inline(always)]
+pub(crate) fn level() -> u8 {
+    META.get(0).map_or(0, Meta::level)
+}
+
 /// For how long answers of DNS hold.
 #[inline(always)]
 pub(crate) fn lifetime() -> Lifetime {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
-use egress_common::{ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, ResolverKey, Settings, map};
+use egress_common::{ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, ResolverKey, Settings, Share, map};
 use zerocopy::transmute;
 
 use super::{DataplaneError, WHERE_IT_MATTERS, failed, open, sys};
@@ -41,6 +41,18 @@ pub fn learners(set: &Path) -> Result<Vec<(u64, u32)>, DataplaneError> {
 /// How many events of a set found no room.
 pub fn lost(set: &Path) -> Result<u64, DataplaneError> {
     read_counter(&open_stats(set)?, Counter::EventsLost)
+}
+
+/// The cgroups of a set whose events found no room, each with how many.
+pub fn lost_by_cgroup(set: &Path) -> Result<Vec<(u64, u64)>, DataplaneError> {
+    read_shares(&Map::LruHashMap(open(set, map::SHARES)?))
+}
+
+pub(super) fn read_shares(shares: &Map) -> Result<Vec<(u64, u64)>, DataplaneError> {
+    let read = |cause| failed(map::SHARES, "read", cause);
+    let shares = HashMap::<_, u64, [u8; size_of::<Share>()]>::try_from(shares).map_err(read)?;
+    let lost = |(id, share)| (id, { let share: Share = transmute!(share); share.lost() });
+    Ok(shares.iter().flatten().map(lost).filter(|(_, lost)| *lost > 0).collect())
 }
 
 fn open_stats(set: &Path) -> Result<Map, DataplaneError> {
@@ -107,6 +119,7 @@ fn map_use(set: &Path, name: &'static str, views: &[u32]) -> Result<MapUse, Data
         }
         map::NAMES => entries = count::<{ size_of::<FactKey>() }, { size_of::<Claims>() }>(name, Map::HashMap(data))?,
         map::USERS | map::QUOTAS | map::NETNS => entries = count::<8, 4>(name, Map::HashMap(data))?,
+        map::SHARES => entries = count::<8, { size_of::<Share>() }>(name, Map::LruHashMap(data))?,
         map::RESOLVERS => entries = count::<{ size_of::<ResolverKey>() }, 4>(name, Map::HashMap(data))?,
         _ => entries = capacity,
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{LoadError, LoadOptions, MAX_FILE, MAX_TOTAL, Watched};
-use crate::policy::{code::Code, diagnostic::printable};
+use crate::{policy::code::Code, text::printable_bytes};
 
 /// Most symbolic links on the way to a file, as in Linux.
 const MAX_LINKS: usize = 40;
@@ -221,7 +221,7 @@ fn only_root_writes(found: &Found, file: &Metadata) -> io::Result<Result<(), Rea
 }
 
 fn unsafe_owner(path: &Path) -> ReadError {
-    let message = format!("others than root can change {}", printable(&path.to_string_lossy()));
+    let message = format!("others than root can change {}", printable_bytes(path));
     ReadError::Finding(Code::UnsafeOwner, message, "chown root:root, and chmod go-w")
 }
 
