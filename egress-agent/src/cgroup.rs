@@ -215,14 +215,7 @@ const WALK_AGAIN: Duration = Duration::from_secs(1);
 impl CgroupPaths {
     /// Paths below a cgroup2 mount.
     pub fn new(mount: PathBuf) -> Self {
-        Self {
-            mount,
-            known: HashMap::new(),
-            bytes: 0,
-            gone: HashSet::new(),
-            patience: None,
-            next_walk: None,
-        }
+        Self { mount, known: HashMap::new(), bytes: 0, gone: HashSet::new(), patience: None, next_walk: None }
     }
 
     /// The same for whoever must not be held up, however many cgroups there are, and however many come and go: what would

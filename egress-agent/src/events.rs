@@ -284,11 +284,8 @@ impl Enricher {
     fn look(&mut self, event: &Event, truncated: &mut Vec<&'static str>) -> (Process, Option<Arc<Known>>) {
         let recorded = event.process();
         let (id, workload) = (recorded.cgroup_id, event.lineage().workload());
-        let seen = if self.sees_all {
-            self.processes.look(recorded.pid, event.time(), workload)
-        } else {
-            Err(Unseen::Gone)
-        };
+        let seen =
+            if self.sees_all { self.processes.look(recorded.pid, event.time(), workload) } else { Err(Unseen::Gone) };
         let is_known = self.cgroups.contains_key(&id);
         if let (Ok(seen), false) = (seen, is_known) {
             self.paths.learn(id, &seen.cgroup);
@@ -602,7 +599,7 @@ mod tests {
 
     #[test]
     fn what_could_pose_as_a_field_is_in_quotes() {
-        let line = report(*b"a\" uid=0 \x1b[2J\0\0", b"/x", b"x\0", b"/a comm=\"b\" uid=7", b"n").to_string();
+        let line = report(*b"a\" uid=0 \x1b[2J\0\0\0", b"/x", b"x\0", b"/a comm=\"b\" uid=7", b"n").to_string();
         assert!(line.contains("comm=\"a\\u{22} uid=0 \\u{1b}[2J\" pid="), "{line}");
         assert!(line.contains("cgroup=\"/a comm=\\u{22}b\\u{22} uid=7\" truncated="), "{line}");
     }

@@ -15,9 +15,9 @@ use crate::{
         combine::{Combined, combine, policy_statements, service_statements},
     },
     policy::{EgressPolicy, L4, Mode, ObjectName, PolicySet, RuleName, write},
-    text::printable_bytes,
     prefix::Prefix,
     ruleset::Ruleset,
+    text::printable_bytes,
     workload::{Workload, selects},
 };
 

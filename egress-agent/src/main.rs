@@ -29,7 +29,7 @@ use egress_agent::{
     run::{self, Reloaded, chain},
     settings,
     status::Status,
-    text::printable,
+    text::{self, printable},
     users::{PASSWD, Users},
 };
 use tracing_subscriber::{
@@ -100,7 +100,6 @@ fn say(text: &str) {
     log::say(&lines.join("\n"));
 }
 
-
 /// Whoever stops reading has read enough: `egress-agent check … | head`. The status is what it would have been.
 fn unless_reader_left(result: io::Result<()>) -> io::Result<()> {
     result.or_else(|error| if error.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(error) })
@@ -128,7 +127,7 @@ fn status(args: &StatusArgs) -> anyhow::Result<u8> {
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match output(args.output) {
         Output::Text => write!(out, "{status}"),
-        Output::Json => serde_json::to_writer(&mut out, &status).map_err(io::Error::from).and_then(|()| writeln!(out)),
+        Output::Json => text::to_json(&mut out, &status).map_err(io::Error::from).and_then(|()| writeln!(out)),
     };
     unless_reader_left(written.and_then(|()| out.flush())).context("cannot write the status")?;
     Ok(status.exit_code())
@@ -283,7 +282,12 @@ fn exec_to_the_end(args: &ExecArgs, level: LogLevel) -> ExitCode {
             if !summary.is_empty() {
                 match args.output {
                     Output::Text => say(&summary.to_string()),
-                    Output::Json => say(&(serde_json::json!(summary).to_string() + "\n")),
+                    Output::Json => {
+                        let mut json = Vec::new();
+                        // A summary is JSON, and there is room for it.
+                        let _ = text::to_json(&mut json, &summary);
+                        say(&(String::from_utf8_lossy(&json) + "\n"));
+                    }
                 }
             }
             ExitCode::from(code)

@@ -20,8 +20,8 @@ use thiserror::Error;
 
 use crate::{
     cgroup::{self, CgroupPaths},
-    text::printable_bytes,
     dataplane::pinned,
+    text::printable_bytes,
 };
 
 /// `BPF_FS_MAGIC` of `linux/magic.h`.

@@ -448,7 +448,11 @@ impl Writer {
                 let is_gone = error.kind() == io::ErrorKind::BrokenPipe;
                 let is_new = self.counts.set_error(Some(format!("{}: {error}", self.name)));
                 if is_gone && is_new {
-                    tracing::error!(lost, "nobody reads {} any more: denials are counted as lost until somebody does", self.name);
+                    tracing::error!(
+                        lost,
+                        "nobody reads {} any more: denials are counted as lost until somebody does",
+                        self.name
+                    );
                 } else if !is_gone {
                     // Told by and by: there may be very many.
                     self.told = self.told.or(Some((None, 0)));

@@ -42,6 +42,7 @@ use crate::{
     socket_matching,
     source::{Policy, Source, SourceOptions},
     status::{self, FromAgent, Wildcard},
+    text::printable,
     workload::names_root,
 };
 
@@ -210,7 +211,8 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     announce(&applied, &policy, &enforcement.cgroup.path);
     let (last_error, is_being_written, started) = (None, false, SystemTime::now());
     let rules = applied.rules;
-    let state = State { source, enforcement, policy, hosts, pods, reports, rules, last_error, is_being_written, started };
+    let state =
+        State { source, enforcement, policy, hosts, pods, reports, rules, last_error, is_being_written, started };
     let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
@@ -710,9 +712,10 @@ pub struct Reloaded {
     pub error: Option<String>,
 }
 
-/// An error with all its causes, in one line.
+/// An error with all its causes, in one line, whatever names of files are in it.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    causes(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    let causes = causes(error).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    printable(&causes).into_owned()
 }
 
 /// An error and all its causes.

@@ -22,13 +22,13 @@ use thiserror::Error;
 
 use crate::{
     cli::{self, Cli},
-    text::printable_bytes,
     policy::{
         diagnostic::{printable, quoted},
         load::{LoadError, read_trusted},
         suggest::{choice, nearest},
         yaml::{Entry, Node, Problem, Scalar, ScalarKind, Span, Value, documents},
     },
+    text::printable_bytes,
 };
 
 /// The file that is read if it is there and no other is named.

@@ -23,6 +23,7 @@ use crate::{
     resolv,
     run::{RunError, system},
     scopes::{Selector, UnknownWorkloads},
+    text::printable_bytes,
     users::{PASSWD, Users},
     watch::Watch,
     workload::{UserIdentity, selected_users},
@@ -185,7 +186,8 @@ impl Source {
 }
 
 fn report(finding: &Finding) {
-    let (code, file, line, column) = (finding.code.as_str(), finding.file.display(), finding.line, finding.column);
+    let (code, file, line, column) =
+        (finding.code.as_str(), printable_bytes(&*finding.file), finding.line, finding.column);
     let (path, help) = (&finding.path, finding.help.as_deref().unwrap_or_default());
     match finding.severity {
         Severity::Error => tracing::error!(%code, %file, line, column, %path, help, "{}", finding.message),

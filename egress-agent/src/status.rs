@@ -22,7 +22,7 @@ use crate::{
     report::{Loss, Reports, Stage, sort},
     resolver::NameReport,
     run::chain,
-    text::{self, printable_bytes},
+    text::{self, printable, printable_bytes},
 };
 
 /// What a probe asks for. Neither is mended by waiting for what only an author of policies can mend.
@@ -317,12 +317,15 @@ impl Status {
             }
         }
         let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
-        let mut path =
-            |id| paths.as_mut().and_then(|paths| paths.path(id)).map(printable_bytes);
+        let mut path = |id| paths.as_mut().and_then(|paths| paths.path(id)).map(printable_bytes);
         let mut unknown = self.counters.events_lost;
         for (id, count) in pinned::lost_by_cgroup(set)? {
             unknown = unknown.saturating_sub(count);
-            self.reports.lost.push(Loss { cgroup: path(id).or_else(|| Some(id.to_string())), stage: Stage::Ring, count });
+            self.reports.lost.push(Loss {
+                cgroup: path(id).or_else(|| Some(id.to_string())),
+                stage: Stage::Ring,
+                count,
+            });
         }
         if unknown > 0 {
             self.reports.lost.push(Loss { cgroup: None, stage: Stage::Ring, count: unknown });
@@ -345,7 +348,17 @@ impl Status {
         self.log_lost = from_agent.log_lost;
         self.add_reports(from_agent.reports);
         let FromAgent {
-            since, documents, rules, last_error, degraded, attached, pinned, scopes, names, kubernetes, ..
+            since,
+            documents,
+            rules,
+            last_error,
+            degraded,
+            attached,
+            pinned,
+            scopes,
+            names,
+            kubernetes,
+            ..
         } = from_agent;
         self.degraded.extend(degraded);
         self.degraded.extend(kubernetes.iter().flat_map(kubernetes::Report::degraded));
@@ -418,7 +431,7 @@ impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "enforcing: {}", if self.enforcing { "yes" } else { "no" })?;
         for reason in &self.degraded {
-            writeln!(f, "degraded:  {reason}")?;
+            writeln!(f, "degraded:  {}", printable(reason))?;
         }
         let agent = &self.agent;
         let version = agent.version.as_deref().unwrap_or("?");

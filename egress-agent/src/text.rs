@@ -3,7 +3,10 @@
 //! What a terminal would obey or hide, or what would turn the text around it, becomes visible: `\u{…}` for characters, `\xNN`
 //! for bytes that are not UTF-8. A backslash stays as it is, since names of systemd units have some.
 
-use std::{borrow::Cow, ffi::OsStr, os::unix::ffi::OsStrExt as _};
+use std::{borrow::Cow, ffi::OsStr, io, os::unix::ffi::OsStrExt as _};
+
+use serde::Serialize;
+use serde_json::ser::{CharEscape, Formatter};
 
 /// The text with everything a terminal would obey or hide written as `\u{…}`.
 pub fn printable(text: &str) -> Cow<'_, str> {
@@ -23,7 +26,8 @@ pub fn printable_bytes(bytes: &(impl AsRef<OsStr> + ?Sized)) -> String {
 pub fn shown(bytes: &[u8], most: usize) -> (String, bool) {
     let mut out = Bounded { text: String::new(), left: most };
     for chunk in bytes.utf8_chunks() {
-        let is_whole = chunk.valid().chars().all(|c| out.push(c)) && chunk.invalid().iter().all(|&byte| out.push_byte(byte));
+        let is_whole =
+            chunk.valid().chars().all(|c| out.push(c)) && chunk.invalid().iter().all(|&byte| out.push_byte(byte));
         if !is_whole {
             return (out.text, false);
         }
@@ -40,6 +44,39 @@ pub fn value(text: &str) -> Cow<'_, str> {
 /// A value in quotes, in which no quote can end it.
 pub fn quoted(text: &str) -> String {
     format!("\"{}\"", text.replace('"', "\\u{22}"))
+}
+
+/// Writes JSON that is harmless also to whoever prints its strings as they are (`jq -r`). The ends of lines stay, since some
+/// strings are documents; who has names in a string shows them by [`printable`] first.
+pub fn to_json(out: impl io::Write, value: &impl Serialize) -> serde_json::Result<()> {
+    value.serialize(&mut serde_json::Serializer::with_formatter(out, Harmless))
+}
+
+struct Harmless;
+
+impl Formatter for Harmless {
+    fn write_string_fragment<W: io::Write + ?Sized>(&mut self, out: &mut W, fragment: &str) -> io::Result<()> {
+        match printable(fragment) {
+            Cow::Borrowed(harmless) => out.write_all(harmless.as_bytes()),
+            // The backslashes are ours alone: those of the string are told by the other function.
+            Cow::Owned(shown) => out.write_all(shown.replace('\\', "\\\\").as_bytes()),
+        }
+    }
+
+    fn write_char_escape<W: io::Write + ?Sized>(&mut self, out: &mut W, escape: CharEscape) -> io::Result<()> {
+        let byte = match escape {
+            CharEscape::Quote => return out.write_all(b"\\\""),
+            CharEscape::ReverseSolidus => return out.write_all(b"\\\\"),
+            CharEscape::Solidus => return out.write_all(b"/"),
+            CharEscape::LineFeed => return out.write_all(b"\\n"),
+            CharEscape::Backspace => 0x08,
+            CharEscape::FormFeed => 0x0c,
+            CharEscape::CarriageReturn => b'\r',
+            CharEscape::Tab => b'\t',
+            CharEscape::AsciiControl(byte) => byte,
+        };
+        write!(out, "\\\\u{{{byte:x}}}")
+    }
 }
 
 /// Text that takes no more than so many bytes within a string of JSON.
@@ -77,7 +114,10 @@ pub fn size_in_json(shown: &str) -> usize {
 /// Control characters, and those that reorder or hide the text around them, or take no room themselves.
 pub fn is_treacherous(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{ad}' | '\u{34f}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{890}' | '\u{891}')
+        || matches!(
+            c,
+            '\u{ad}' | '\u{34f}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{890}' | '\u{891}'
+        )
         || matches!(c, '\u{8e2}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}')
         || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}')
         || matches!(c, '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}')
@@ -113,6 +153,15 @@ mod tests {
         assert_eq!(value("/a uid=0"), "\"/a uid=0\"");
         assert_eq!(value("a\" uid=0 b=\""), "\"a\\u{22} uid=0 b=\\u{22}\"");
         assert_eq!((value(""), value("a=b")), ("\"\"".into(), "\"a=b\"".into()));
+    }
+
+    #[test]
+    fn json_is_harmless_to_who_prints_its_strings() {
+        let mut json = Vec::new();
+        to_json(&mut json, &[HOSTILE, "a\\\"/\n"]).unwrap();
+        let read: Vec<String> = serde_json::from_slice(&json).unwrap();
+        assert_eq!(read, [printable(HOSTILE).replace("\\u{a}", "\n"), "a\\\"/\n".to_owned()]);
+        assert!(!std::str::from_utf8(&json).unwrap().chars().any(is_treacherous));
     }
 
     proptest! {

@@ -201,14 +201,7 @@ impl Event {
 
     /// What a hook saw and what was decided.
     #[inline(always)]
-    pub fn new(
-        time: u64,
-        process: Process,
-        lineage: Lineage,
-        hook: Hook,
-        flow: &Flow,
-        decision: &Decision,
-    ) -> Self {
+    pub fn new(time: u64, process: Process, lineage: Lineage, hook: Hook, flow: &Flow, decision: &Decision) -> Self {
         Self {
             time,
             process,

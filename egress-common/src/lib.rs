@@ -40,8 +40,8 @@ pub use dns::{EndOfName, KEY_BYTES, Message, NameEnd, NameKey, Question, Record,
 pub use event::{COMM_LEN, Event, LEVELS, Lineage, Process, QueryEvent, Questioner, Share};
 pub use flow::{Flow, Hook, Protocol, Scope, View};
 pub use layout::{
-    ABI_VERSION, Counter, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MAX_NETNS, MAX_RESOLVERS, MAX_SCOPES, MAX_SHARES, MAX_USERS,
-    Meta, map,
+    ABI_VERSION, Counter, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MAX_NETNS, MAX_RESOLVERS, MAX_SCOPES, MAX_SHARES,
+    MAX_USERS, Meta, map,
 };
 pub use names::{Asked, Claim, ClaimPlace, Claims, FactKey, Lesson, Lifetime, MOST_CLAIMS, NameId, ResolverKey};
 pub use packet::{

@@ -33,7 +33,8 @@ static SHARES: LruHashMap<u64, Share, { MAX_SHARES as usize }> = LruHashMap::new
 /// What of the ring is in use when the shares of a level begin to count, the deepest level first, and how many records of a
 /// second are a share there. A workload that stands higher in the hierarchy holds others, or makes cgroups as it likes:
 /// whatever it makes, it leaves the last quarter to the others.
-const SHARES_OF: [(u64, u32); 3] = [(CAPACITY as u64 / 2, 512), (CAPACITY as u64 / 8 * 5, 1024), (CAPACITY as u64 / 4 * 3, 2048)];
+const SHARES_OF: [(u64, u32); 3] =
+    [(CAPACITY as u64 / 2, 512), (CAPACITY as u64 / 8 * 5, 1024), (CAPACITY as u64 / 4 * 3, 2048)];
 
 /// What the current task asked for.
 #[inline(always)]

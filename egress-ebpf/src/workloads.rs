@@ -13,7 +13,9 @@ use aya_ebpf::{
     macros::btf_map,
     programs::SkBuffContext,
 };
-use egress_common::{ELSEWHERE, Lineage, MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place, workload};
+use egress_common::{
+    ELSEWHERE, Lineage, MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place, workload,
+};
 use zerocopy::transmute;
 
 use crate::meta;

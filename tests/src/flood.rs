@@ -156,6 +156,11 @@ impl Below {
 
 impl Drop for Below {
     fn drop(&mut self) {
+        // The job that ran when its parent was killed; it ends by itself.
+        let entries = fs::read_dir(&self.leaf).into_iter().flatten().flatten();
+        self.made.extend(
+            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("job")).map(|entry| entry.path()),
+        );
         for path in self.made.iter().rev() {
             // A process that just ended still holds its cgroup for a moment.
             let removed = eventually("an empty cgroup", || fs::remove_dir(path).ok());
@@ -189,22 +194,27 @@ pub fn flood(kind: &str, rate: u32, to: SocketAddr, leaf: &Path) -> Result<()> {
     }
 }
 
-/// Processes that are refused once, each in the next of the cgroups below one.
+/// Processes that are refused once, each in a cgroup of its own, which is gone when it is.
 fn jobs(to: SocketAddr, parent: &Path) -> Result<()> {
-    let procs: Vec<PathBuf> = (0..CGROUPS).map(|number| parent.join(format!("j{number}/cgroup.procs"))).collect();
     let mut is_first = true;
-    for procs in procs.iter().cycle() {
+    for number in 0_u64.. {
+        let cgroup = parent.join(format!("job{number}"));
+        fs::create_dir(&cgroup)?;
+        let procs = cgroup.join("cgroup.procs");
         // SAFETY: there is one thread; the child makes a few system calls and ends.
         match unsafe { libc::fork() } {
             -1 => bail!("cannot fork: {}", std::io::Error::last_os_error()),
             0 => {
-                let is_in = fs::write(procs, "0").is_ok();
+                let is_in = fs::write(&procs, "0").is_ok();
                 let refused = UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.connect(to)).is_err();
                 // SAFETY: it ends the child at once.
                 unsafe { libc::_exit(i32::from(!(is_in && refused))) }
             }
             // SAFETY: a child of this process, and a place for its status.
             child => ensure!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) } == child, "no child"),
+        }
+        while fs::remove_dir(&cgroup).is_err() {
+            thread::yield_now();
         }
         if is_first {
             println!("ready");
@@ -227,6 +237,8 @@ struct MemoryMap {
 /// Declares fresh memory to be the arguments of this process.
 fn declare_arguments(size: usize) -> Result<()> {
     let memory = vec![b'a'; size].leak();
+    // Without it, the kernel takes them for a title of the process and shows a page (`get_mm_cmdline` of `fs/proc/base.c`).
+    memory[size - 1] = 0;
     let start = memory.as_ptr() as u64;
     let stat = fs::read_to_string("/proc/self/stat")?;
     let after_name = stat.rsplit_once(')').context("a name")?.1;
@@ -250,9 +262,8 @@ fn declare_arguments(size: usize) -> Result<()> {
     ];
     let map = MemoryMap { addresses, auxv: std::ptr::null(), auxv_size: 0, exe_fd: u32::MAX };
     // SAFETY: the kernel checks what is in the structure, which is as it says.
-    let result = unsafe {
-        libc::prctl(libc::PR_SET_MM, libc::PR_SET_MM_MAP, &raw const map, size_of::<MemoryMap>(), 0)
-    };
+    let result =
+        unsafe { libc::prctl(libc::PR_SET_MM, libc::PR_SET_MM_MAP, &raw const map, size_of::<MemoryMap>(), 0) };
     ensure!(result == 0, "cannot declare arguments: {}", std::io::Error::last_os_error());
     Ok(())
 }

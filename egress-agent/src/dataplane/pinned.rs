@@ -7,7 +7,9 @@ use std::{
 };
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
-use egress_common::{ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, ResolverKey, Settings, Share, map};
+use egress_common::{
+    ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, ResolverKey, Settings, Share, map,
+};
 use zerocopy::transmute;
 
 use super::{DataplaneError, WHERE_IT_MATTERS, failed, open, sys};
@@ -51,7 +53,12 @@ pub fn lost_by_cgroup(set: &Path) -> Result<Vec<(u64, u64)>, DataplaneError> {
 pub(super) fn read_shares(shares: &Map) -> Result<Vec<(u64, u64)>, DataplaneError> {
     let read = |cause| failed(map::SHARES, "read", cause);
     let shares = HashMap::<_, u64, [u8; size_of::<Share>()]>::try_from(shares).map_err(read)?;
-    let lost = |(id, share)| (id, { let share: Share = transmute!(share); share.lost() });
+    let lost = |(id, share)| {
+        (id, {
+            let share: Share = transmute!(share);
+            share.lost()
+        })
+    };
     Ok(shares.iter().flatten().map(lost).filter(|(_, lost)| *lost > 0).collect())
 }
 

@@ -14,6 +14,7 @@ use crate::{
     events::Connection,
     explain::{Destination, Explainer},
     policy::{L4, RuleName},
+    text::printable,
 };
 
 /// Most destinations that are told apart.
@@ -158,12 +159,12 @@ impl fmt::Display for Summary {
                 None => write!(f, "{}", refused.reason)?,
             }
             match &refused.host {
-                Some(host) if is_question(refused.reason) => write!(f, ", asked for {host}")?,
-                Some(host) => write!(f, " ({host})")?,
+                Some(host) if is_question(refused.reason) => write!(f, ", asked for {}", printable(host))?,
+                Some(host) => write!(f, " ({})", printable(host))?,
                 None => {}
             }
             match &refused.rule {
-                Some(rule) => writeln!(f, " by {rule}")?,
+                Some(rule) => writeln!(f, " by {}", printable(&rule.to_string()))?,
                 None => writeln!(f)?,
             }
         }

@@ -15,6 +15,7 @@ use crate::{
     cli::Output,
     compile::{Context, Names},
     policy::{L4, PolicySet},
+    text,
     users::Users,
     workload::{Pod, ScopeKey, Workload},
 };
@@ -326,7 +327,7 @@ impl Scopes<'_> {
 }
 
 fn line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, value)?;
+    text::to_json(&mut *out, value)?;
     out.write_all(b"\n")
 }
 
