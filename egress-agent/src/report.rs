@@ -25,6 +25,7 @@ use crate::{
     cli::Output,
     events::{Connection, Enricher, boot_clock},
     outlet::{Outlet, Stop},
+    text,
 };
 
 mod counts;
@@ -413,7 +414,12 @@ impl Writer {
         }
         let line = match self.output {
             Output::Text => connection.to_string().into_bytes(),
-            Output::Json => serde_json::to_vec(connection).unwrap_or_default(),
+            Output::Json => {
+                let mut line = Vec::new();
+                // A report is JSON, and there is room for it.
+                let _ = text::to_json(&mut line, connection);
+                line
+            }
         };
         if self.chunk.bytes.len() + line.len() >= CHUNK {
             self.flush();
