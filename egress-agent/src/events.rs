@@ -33,7 +33,7 @@ pub const MAX_LINE: usize = 16 << 10;
 /// Most bytes of each field within a string of JSON.
 const MAX_COMM: usize = 128;
 const MAX_EXE: usize = 2048;
-const MAX_ARGUMENTS: usize = 6144;
+const MAX_ARGUMENTS: usize = 5632;
 const MAX_PATH: usize = 4096;
 const MAX_UNIT: usize = 512;
 const MAX_HOST: usize = 1024;

@@ -6,9 +6,10 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, File},
     io::{BufRead, BufReader, Read},
     net::{SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard},
@@ -200,18 +201,18 @@ fn jobs(to: SocketAddr, parent: &Path) -> Result<()> {
     for number in 0_u64.. {
         let cgroup = parent.join(format!("job{number}"));
         fs::create_dir(&cgroup)?;
-        let procs = cgroup.join("cgroup.procs");
-        // SAFETY: there is one thread; the child makes a few system calls and ends.
-        match unsafe { libc::fork() } {
-            -1 => bail!("cannot fork: {}", std::io::Error::last_os_error()),
+        match clone_into(&File::open(&cgroup)?) {
+            -1 => bail!("cannot start a job: {}", std::io::Error::last_os_error()),
             0 => {
-                let is_in = fs::write(&procs, "0").is_ok();
                 let refused = UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.connect(to)).is_err();
                 // SAFETY: it ends the child at once.
-                unsafe { libc::_exit(i32::from(!(is_in && refused))) }
+                unsafe { libc::_exit(i32::from(!refused)) }
             }
-            // SAFETY: a child of this process, and a place for its status.
-            child => ensure!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) } == child, "no child"),
+            child => {
+                let child = i32::try_from(child)?;
+                // SAFETY: a child of this process, and no place for its status.
+                ensure!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) } == child, "no child");
+            }
         }
         while fs::remove_dir(&cgroup).is_err() {
             thread::yield_now();
@@ -222,6 +223,16 @@ fn jobs(to: SocketAddr, parent: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// `fork` into a cgroup, which takes less time than to move there: `struct clone_args` of `linux/sched.h`.
+fn clone_into(cgroup: &File) -> i64 {
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    let mut args = [0_u64; 11];
+    (args[0], args[4]) = (CLONE_INTO_CGROUP, u64::from(libc::SIGCHLD.unsigned_abs()));
+    args[10] = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    // SAFETY: there is one thread; the child shares nothing, makes a few system calls and ends.
+    unsafe { libc::syscall(libc::SYS_clone3, args.as_ptr(), size_of_val(&args)) }
 }
 
 /// `struct prctl_mm_map` of `linux/prctl.h`.

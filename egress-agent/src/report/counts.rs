@@ -174,11 +174,11 @@ mod tests {
     fn no_loss_vanishes_however_many_workloads_there_are() {
         let counts = Counts::default();
         counts.name(3, || Some("/flood".to_owned()));
+        counts.add_lost(3, Stage::Output, 2);
         for workload in 0..5_000 {
             counts.add_lost(workload, Stage::Queue, 1);
         }
         counts.add_lost(3, Stage::Queue, 10);
-        counts.add_lost(3, Stage::Output, 2);
         let told = counts.tell().lost;
         assert_eq!(told.iter().map(|loss| loss.count).sum::<u64>(), 5_012);
         assert!(told.len() < MAX_TOLD + 3);
