@@ -41,12 +41,12 @@ type KernelLog = aya_log::EbpfLogger<&'static dyn log::Log>;
 pub type Reported = (Event, Option<NameKey>);
 
 /// A running reporter.
-#[derive(Debug)]
 pub struct Reporter {
     drain: JoinHandle<()>,
     writer: JoinHandle<()>,
     stop: Stop,
     counts: Counts,
+    shared: Arc<Shared>,
 }
 
 /// How long [`Reporter::finish`] takes at most.
@@ -121,12 +121,13 @@ impl Reporter {
             told: (Instant::now(), 0),
         };
         let spawn = |name: &str| thread::Builder::new().name(name.to_owned());
-        let writer = spawn("report").spawn(move || writer.run(&shared))?;
+        let waiting = Arc::clone(&shared);
+        let writer = spawn("report").spawn(move || writer.run(&waiting))?;
         let drain = spawn("drain").spawn(move || {
             drain.queue(backlog.into_iter().map(Item::new));
             drain.run();
         })?;
-        Ok(Self { drain, writer, stop, counts })
+        Ok(Self { drain, writer, stop, counts, shared })
     }
 
     /// What becomes of the reports.
@@ -143,6 +144,11 @@ impl Reporter {
         while !is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
+        let mut waits = self.shared.lock();
+        while let Some(item) = waits.queue.pop() {
+            self.counts.add_lost(item.workload(), Stage::Output, 1);
+        }
+        drop(waits);
         let lost = self.counts.lost(Stage::Output) - before;
         if lost > 0 {
             tracing::warn!(lost, "the last denials are not reported: they are read too slowly");
@@ -378,6 +384,11 @@ impl Writer {
     }
 
     fn report(&mut self, item: &Item) {
+        if self.stop.is_over() && self.listener.is_none() {
+            // It is too late for more than counting, and there may be very many.
+            self.unfold();
+            return self.counts.add_lost(item.workload(), Stage::Output, 1);
+        }
         let Some(connection) = self.enricher.connection(&item.event, item.name.as_deref()) else {
             self.counts.add_lost(item.workload(), Stage::Output, 1);
             return tracing::error!("the kernel programs reported an event of another version");
