@@ -458,7 +458,7 @@ fn arguments(raw: &[u8]) -> (Vec<String>, bool) {
         // Two quotes and a comma.
         let Some(room) = left.checked_sub(3) else { return (arguments, false) };
         let (argument, is_all) = text::shown(argument, room);
-        left = room - text::size_in_json(&argument);
+        left = room - text::size(&argument);
         arguments.push(argument);
         if !is_all {
             return (arguments, false);
@@ -490,7 +490,7 @@ impl fmt::Display for Connection {
             write!(f, " rule={}", text::quoted(&printable(&rule.to_string())))?;
         }
         if let Some(PodName { namespace, name, container, .. }) = &self.pod {
-            let container = container.iter().map(|container| format!("/{container}")).collect::<String>();
+            let container = container.as_ref().map_or_else(String::new, |container| format!("/{container}"));
             write!(f, " pod={}", text::value(&format!("{namespace}/{name}{container}")))?;
         }
         let process = &self.process;

@@ -137,9 +137,10 @@ impl Reporter {
 
     /// Reports what is left, then stops. Gives up on a reader that does not read, and counts what it did not.
     pub fn finish(self) {
-        let deadline = Instant::now() + PATIENCE;
+        let (now, shorter) = (Instant::now(), PATIENCE.saturating_sub(LAST));
+        let deadline = now + PATIENCE;
         let before = self.counts.lost(Stage::Output);
-        self.stop.tell(deadline - LAST);
+        self.stop.tell(now + shorter);
         let is_finished = || self.drain.is_finished() && self.writer.is_finished();
         while !is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));

@@ -41,9 +41,12 @@ pub fn value(text: &str) -> Cow<'_, str> {
     if !text.is_empty() && text.chars().all(is_plain) { Cow::Borrowed(text) } else { Cow::Owned(quoted(text)) }
 }
 
+/// A quote within quotes.
+const QUOTE: &str = "\\u{22}";
+
 /// A value in quotes, in which no quote can end it.
 pub fn quoted(text: &str) -> String {
-    format!("\"{}\"", text.replace('"', "\\u{22}"))
+    format!("\"{}\"", text.replace('"', QUOTE))
 }
 
 /// Writes JSON that is harmless also to whoever prints its strings as they are (`jq -r`). The ends of lines stay, since some
@@ -99,16 +102,21 @@ impl Bounded {
     }
 
     fn add(&mut self, text: &str) -> bool {
-        let Some(left) = self.left.checked_sub(size_in_json(text)) else { return false };
+        let Some(left) = self.left.checked_sub(size(text)) else { return false };
         self.left = left;
         self.text.push_str(text);
         true
     }
 }
 
-/// The bytes that text which is shown takes within a string of JSON.
-pub fn size_in_json(shown: &str) -> usize {
-    shown.len() + shown.bytes().filter(|byte| matches!(byte, b'"' | b'\\')).count()
+/// The most bytes that text which is shown takes within a string of JSON, or in quotes.
+pub fn size(shown: &str) -> usize {
+    let more = |byte| match byte {
+        b'"' => QUOTE.len() - 1,
+        b'\\' => 1,
+        _ => 0,
+    };
+    shown.len() + shown.bytes().map(more).sum::<usize>()
 }
 
 /// Control characters, and those that reorder or hide the text around them, or take no room themselves.
