@@ -178,7 +178,8 @@ pub(crate) fn kernel_version(release: &str) -> Option<(u32, u32)> {
 }
 
 impl Dataplane {
-    /// Loads the programs and creates the maps, pinned in a new set. Nothing is attached, and no policy is in force.
+    /// Loads the programs and creates the maps, pinned in a new set. Nothing is attached, and no policy is in force. Whom sockets
+    /// have heard from is in the map of the set before, if there is one: both sets use it until that one is retired.
     pub fn prepare(
         object: &[u8],
         log: KernelLog,
@@ -193,11 +194,13 @@ impl Dataplane {
         };
         let can_set_retval =
             is_helper_supported(ProgramType::CgroupSock, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
-        let mut ebpf = EbpfLoader::new()
-            .override_global(aya_log::LEVEL, &level, false)
-            .override_global("CAN_SET_RETVAL", &u8::from(can_set_retval), true)
-            .load(object)
-            .map_err(load_error)?;
+        let can_set = u8::from(can_set_retval);
+        let mut loader = EbpfLoader::new();
+        loader.override_global(aya_log::LEVEL, &level, false).override_global("CAN_SET_RETVAL", &can_set, true);
+        if let Some(pin) = pinned::peers_before(pins.path()) {
+            loader.map_pin_path(map::PEERS, pin);
+        }
+        let mut ebpf = loader.load(object).map_err(load_error)?;
         let hooks = Hooks::load(&mut ebpf, guard)?;
         for name in map::ALL {
             let map = ebpf.map(name).ok_or(DataplaneError::Missing { what: "map", name })?;
@@ -447,7 +450,7 @@ impl Dataplane {
     /// All of it is undone if one of them fails.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
         let mut links = Vec::new();
-        for &hook in self.hooks.loaded.iter().filter(|hook| !WHERE_IT_MATTERS.contains(hook)) {
+        for hook in peers_first(&self.hooks.loaded) {
             links.push((hook.as_str(), programs::attach(&mut self.ebpf, hook, cgroup)?));
         }
         if !self.pins.is_there() {
@@ -580,6 +583,13 @@ impl Dataplane {
         let stats = self.ebpf.map(map::STATS).ok_or(DataplaneError::Missing { what: "map", name: map::STATS })?;
         pinned::read_counter(stats, Counter::EventsLost)
     }
+}
+
+/// The hooks that are attached to every filtered cgroup. What a socket receives is noted before what it sends is judged.
+fn peers_first(loaded: &[Hook]) -> impl Iterator<Item = Hook> {
+    let notes_peers = |hook: &&Hook| matches!(hook, Hook::Recvmsg4 | Hook::Recvmsg6);
+    let others = loaded.iter().filter(move |hook| !notes_peers(hook) && !WHERE_IT_MATTERS.contains(hook));
+    loaded.iter().filter(notes_peers).chain(others).copied()
 }
 
 fn now() -> u64 {

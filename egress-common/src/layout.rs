@@ -5,7 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{Hook, Lesson, Lifetime, Reason, Verdict};
 
 /// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Most scopes at a time, those of a change that is being made included.
 pub const MAX_SCOPES: u32 = 4096;
@@ -36,8 +36,9 @@ pub mod map {
     pub const SEGMENTS: &str = "SEGMENTS";
     /// Array: view → [`crate::Settings`].
     pub const VIEWS: &str = "VIEWS";
-    /// Storage of sockets: [`crate::Peers`].
-    pub const PEERS: &str = "PEERS";
+    /// Storage of sockets: [`crate::Peers`]. The name has the version of that layout, whatever [`super::ABI_VERSION`] is: the
+    /// map is handed on from one agent to the next, also to one of another version.
+    pub const PEERS: &str = "PEERS_2";
     /// Array of one trie: [`crate::NameKey`] → number of a [`crate::NameId`].
     pub const NAME_IDS: &str = "NAME_IDS";
     /// The trie that [`NAME_IDS`] holds, pinned by itself, so that who may not ask for maps by number can read it.

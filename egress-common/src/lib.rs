@@ -47,7 +47,7 @@ pub use names::{Asked, Claim, ClaimPlace, Claims, FactKey, Lesson, Lifetime, MOS
 pub use packet::{
     Arrived, Bytes, Checksum, DNS_PORT, Packet, Sent, Way, answer_v4, answer_v6, sent_v4, sent_v6, way_v4, way_v6,
 };
-pub use peers::{Peers, REPLY_SECONDS};
+pub use peers::{MAX_PEERS, Peers, REPLY_SECONDS};
 pub use reserved::Reserved;
 pub use rule::{Action, Entries, Entry, RuleId, Segment, SegmentList};
 pub use settings::{Refusal, Settings};

@@ -64,10 +64,11 @@ const KERNELS: [Kernel; 4] = [
 const ORDINARY: (&str, &[&str]) = ("6.1", &["sockets", "escape"]);
 
 /// Test files that need nothing which is not in the image.
-const TESTS: [&str; 14] = [
+const TESTS: [&str; 15] = [
     "features",
     "kernel",
     "sockets",
+    "peers",
     "escape",
     "existing",
     "start",

@@ -6,8 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
-use egress_common::{ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, ResolverKey, Settings, map};
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapInfo, MapType, PerCpuArray, RingBuf};
+use egress_common::{
+    ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, Peers, ResolverKey, Settings, map,
+};
 use zerocopy::transmute;
 
 use super::{DataplaneError, WHERE_IT_MATTERS, failed, open, sys};
@@ -15,6 +17,22 @@ use crate::{
     pins::{self, PinError},
     report::Reported,
 };
+
+/// The pin of the map of whom sockets have heard from, of the newest set beside one that is being made; `None` if there is no such map,
+/// or if it is not as the programs expect it.
+pub(super) fn peers_before(set: &Path) -> Option<PathBuf> {
+    let sets = pins::sets(set.parent()?).ok()?;
+    let pin = sets.iter().rev().map(|set| set.join(map::PEERS)).find(|pin| pin.exists())?;
+    // Whatever is pinned under the name would be taken as it is.
+    let is_fit = MapInfo::from_pin(&pin).is_ok_and(|info| {
+        matches!(info.map_type(), Ok(MapType::SkStorage))
+            && (info.key_size() as usize, info.value_size() as usize) == (size_of::<i32>(), size_of::<Peers>())
+    });
+    if !is_fit {
+        tracing::warn!(pin = %pin.display(), "a map of peers that is none: sockets have to hear from their peers again");
+    }
+    is_fit.then_some(pin)
+}
 
 /// Who filled the maps of a set, and with what. An error if they are of another version.
 pub fn meta(set: &Path) -> Result<Meta, DataplaneError> {
