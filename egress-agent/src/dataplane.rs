@@ -19,8 +19,8 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use egress_common::{
-    Address, Counter, Hook, Lifetime, Meta, Placement, Refusal, ResolverKey, RuleId, SHARED, Scope, Settings, UserKey,
-    View, map,
+    Address, COMMON, Counter, ELSEWHERE, Hook, Lifetime, Meta, Placement, Refusal, ResolverKey, RuleId, SHARED, Scope,
+    Settings, UserKey, View, guaranteed, map,
 };
 use zerocopy::transmute;
 
@@ -30,7 +30,7 @@ use crate::{
     pins::{self, PinSet},
     privileges,
     ruleset::Table,
-    scopes::Layout,
+    scopes::{self, Layout},
 };
 
 mod contents;
@@ -42,6 +42,7 @@ mod names;
 pub mod pinned;
 mod plan;
 mod programs;
+mod room;
 mod slots;
 mod sys;
 
@@ -57,6 +58,8 @@ pub use plan::Change;
 use plan::{Live, Step, plan, room};
 use programs::Hooks;
 pub use programs::PacketGuard;
+use room::Shortages;
+pub use room::{Lack, Shortage};
 use slots::Slots;
 
 /// What `WORKLOADS` points to, in bytes: cgroup id → [`Placement`].
@@ -104,6 +107,7 @@ pub struct Dataplane {
     believed: HashMap<Scope, BTreeSet<Address>>,
     names: NameIds,
     facts: Facts,
+    shortages: Shortages,
     /// The hooks that are attached where they matter, by cgroup, each with its link where that is not pinned.
     spots: BTreeMap<Spot, Option<OwnedFd>>,
     memory_limit: u64,
@@ -212,6 +216,7 @@ impl Dataplane {
             users: take(&mut ebpf, map::USERS)?,
             slots: Slots::open(&pins)?,
             facts: Facts::open(pins.path())?,
+            shortages: Shortages::default(),
             views: take(&mut ebpf, map::VIEWS)?,
             name_ids: take(&mut ebpf, map::NAME_IDS)?,
             resolvers: take(&mut ebpf, map::RESOLVERS)?,
@@ -268,6 +273,9 @@ impl Dataplane {
             self.names.exchange(&mut self.name_ids, names, &mut self.pins)?;
         }
         self.guard_dns()?;
+        if let Err(error) = self.share(learners(layout)) {
+            tracing::error!(error = %crate::run::chain(&error), "the guaranteed parts of what may be learnt are as before");
+        }
         let live = &self.live;
         self.ids_of.retain(|scope, _| live.scopes.contains_key(scope));
         if change == Change::Policy && is_changed {
@@ -464,17 +472,45 @@ impl Dataplane {
         })
     }
 
+    /// Guarantees each of so many workloads its part of what may be learnt.
+    fn share(&mut self, learners: usize) -> Result<(), DataplaneError> {
+        let part = guaranteed(self.written.quota(), u32::try_from(learners).unwrap_or(u32::MAX));
+        if part == self.written.guaranteed() {
+            return Ok(());
+        }
+        self.write_meta(self.written.with_guaranteed(part))?;
+        if self.facts.share(part)? { Ok(()) } else { self.sweep() }
+    }
+
     /// Removes what was learnt and holds no longer.
     pub fn sweep(&mut self) -> Result<(), DataplaneError> {
         let placements = &self.live.placements;
-        let learnt = self.facts.sweep(|workload| workload == SHARED || placements.contains_key(&workload))?;
+        let learnt = self.facts.sweep(|workload| is_there(placements, workload), self.written.guaranteed())?;
         self.names.retain(&learnt);
         Ok(())
     }
 
+    /// Looks whether workloads find room for what they learn; gives those that do not, and did when that was looked at last. Removes
+    /// what workloads learnt that are gone.
+    pub fn look_for_room(&mut self) -> Result<Vec<Shortage>, DataplaneError> {
+        let standings = self.facts.look()?;
+        let placements = &self.live.placements;
+        if standings.iter().any(|standing| !is_there(placements, standing.workload)) {
+            self.sweep()?;
+        }
+        Ok(self.shortages.look(&standings, self.written.quota(), std::time::Instant::now()))
+    }
+
+    /// The workloads that found no room lately.
+    pub fn shortages(&self) -> impl Iterator<Item = &Shortage> {
+        self.shortages.all()
+    }
+
     /// Takes over what another set learnt of names; how many addresses that were.
     pub fn adopt_facts(&mut self, set: &Path) -> Result<usize, DataplaneError> {
-        self.facts.adopt(set, &self.names)
+        let adopted = self.facts.adopt(set, &self.names)?;
+        self.facts.share(self.written.guaranteed())?;
+        Ok(adopted)
     }
 
     /// The hooks of [`WHERE_IT_MATTERS`] that are attached.
@@ -583,6 +619,26 @@ impl Dataplane {
         let stats = self.ebpf.map(map::STATS).ok_or(DataplaneError::Missing { what: "map", name: map::STATS })?;
         pinned::read_counter(stats, Counter::EventsLost)
     }
+}
+
+/// Whether what a workload learnt is of use to any.
+fn is_there(placements: &BTreeMap<u64, Placement>, workload: u64) -> bool {
+    matches!(workload, SHARED | COMMON | ELSEWHERE) || placements.contains_key(&workload)
+}
+
+/// How many workloads may learn names: those whose rules have some, and [`SHARED`], for which others may.
+fn learners(layout: &Layout) -> usize {
+    let has_names = |scope: &scopes::Scope| scope.ruleset.has_names();
+    let learns = |seat| match seat {
+        scopes::Seat::Scope(index) => {
+            let scope = &layout.scopes[index];
+            has_names(scope) || scope.users.values().any(|&index| has_names(&layout.scopes[index]))
+        }
+        scopes::Seat::Exempt | scopes::Seat::Unknown => false,
+    };
+    let placed = layout.placements.values().filter(|at| learns(at.own) || learns(at.below)).count();
+    let is_shared = layout.scopes.iter().any(|scope| scope.ruleset.serves_dns());
+    placed + usize::from(layout.elsewhere.is_some_and(learns)) + usize::from(is_shared)
 }
 
 /// The hooks that are attached to every filtered cgroup. What a socket receives is noted before what it sends is judged.

@@ -7,11 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use egress_common::Hook;
+use egress_common::{Hook, SHARED};
 
 use crate::{
     cgroup::{self, Cgroup, CgroupError},
-    dataplane::{Applied, Change, Dataplane, DataplaneError, Spot},
+    dataplane::{Applied, Change, Dataplane, DataplaneError, Lack, Shortage, Spot},
     existing::{Sweep, may_enter},
     hierarchy::{Changed, Hierarchy},
     netns::PodNamespaces,
@@ -176,7 +176,48 @@ impl Enforcement {
         let stopped = self.vigil.as_ref().is_some_and(Vigil::is_stopped);
         let learns = self.learns();
         let unlearnt = self.unlearnt.clone().filter(|_| learns);
-        stopped.then(|| socket_matching::STOPPED.to_owned()).into_iter().chain(unlearnt).collect()
+        let stopped = stopped.then(|| socket_matching::STOPPED.to_owned());
+        stopped.into_iter().chain(unlearnt).chain(self.short_of_room()).collect()
+    }
+
+    /// The workloads that find no room for the names that they are answered.
+    fn short_of_room(&self) -> Vec<String> {
+        let nodes = self.hierarchy.nodes();
+        let mut shortages = self.dataplane.shortages();
+        let told = shortages.by_ref().take(MAX_SHORTAGES_TOLD).map(|shortage| {
+            let who = workload_name(&nodes, shortage.workload);
+            match shortage.lack {
+                Lack::Quota => format!(
+                    "{who} was answered names that were not learnt: it has {} addresses and may have no more (--name-quota)",
+                    shortage.has
+                ),
+                Lack::Table => format!(
+                    "the table of learnt names is full: {who} was answered names that were not learnt, and has {} addresses",
+                    shortage.has
+                ),
+            }
+        });
+        let mut told: Vec<String> = told.collect();
+        let more = shortages.count();
+        told.extend((more > 0).then(|| format!("{more} more workloads were answered names that were not learnt")));
+        told
+    }
+
+    fn look_for_room(&mut self) {
+        match self.dataplane.look_for_room() {
+            Ok(shortages) => {
+                let nodes = if shortages.is_empty() { Vec::new() } else { self.hierarchy.nodes() };
+                for &Shortage { workload, lack, has } in shortages.iter().take(MAX_SHORTAGES_TOLD) {
+                    let cgroup = workload_name(&nodes, workload);
+                    tracing::warn!(%cgroup, addresses = has, ?lack, "names are not learnt: no room for more addresses");
+                }
+                if shortages.len() > MAX_SHORTAGES_TOLD {
+                    let workloads = shortages.len() - MAX_SHORTAGES_TOLD;
+                    tracing::warn!(workloads, "names of more workloads are not learnt: no room for more addresses");
+                }
+            }
+            Err(error) => tracing::error!(error = %chain(&error), "cannot tell whether there is room for names"),
+        }
     }
 
     /// Attaches the programs.
@@ -378,6 +419,7 @@ impl Enforcement {
         if let Some(vigil) = &mut self.vigil {
             vigil.look(self.agent.as_ref());
         }
+        self.look_for_room();
         if self.swept.elapsed() >= SWEEP {
             self.swept = Instant::now();
             if let Err(error) = self.dataplane.sweep() {
@@ -466,6 +508,18 @@ impl Enforcement {
             })
             .collect()
     }
+}
+
+/// How many workloads are told that find no room for names; of more, how many there are.
+const MAX_SHORTAGES_TOLD: usize = 8;
+
+/// A workload as `status` names it.
+fn workload_name(nodes: &[Node], workload: u64) -> String {
+    if workload == SHARED {
+        return "shared".to_owned();
+    }
+    let node = nodes.iter().find(|node| node.id == workload);
+    node.map_or_else(|| workload.to_string(), |node| format!("/{}", node.path))
 }
 
 /// The nodes whose rules, or those of users in them, are of a kind, and that have none above them. `sorted` has each node after those

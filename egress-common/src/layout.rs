@@ -11,14 +11,14 @@ pub const ABI_VERSION: u32 = 7;
 pub const MAX_SCOPES: u32 = 4096;
 
 /// Most pairs of a scope and a user with rules of its own.
-pub const MAX_USERS: u32 = 1 << 14;
+pub const MAX_USERS: u32 = 1 << 16;
 
 /// Most addresses that were learnt for names, of all workloads together.
 pub const MAX_FACTS: u32 = 1 << 18;
 /// Most addresses whose names are remembered for whoever reads denials.
 pub const MAX_HOSTS: u32 = 1 << 12;
 /// Most workloads that learn names.
-pub const MAX_LEARNERS: u32 = 1 << 13;
+pub const MAX_LEARNERS: u32 = 1 << 14;
 /// Most pairs of a scope and a resolver that it believes.
 pub const MAX_RESOLVERS: u32 = 1 << 13;
 /// Most network namespaces in which resolvers are believed.
@@ -47,8 +47,10 @@ pub mod map {
     pub const NAMES: &str = "NAMES";
     /// Hash of those used last: [`crate::FactKey`] → [`crate::NameKey`] of the name that the workload asked for last.
     pub const HOSTS: &str = "HOSTS";
-    /// Hash: workload → how many facts it has.
+    /// Hash: workload → [`crate::Account`].
     pub const QUOTAS: &str = "QUOTAS";
+    /// Hash: workload → how much of what it learnt is gone again.
+    pub const FORGOTTEN: &str = "FORGOTTEN";
     /// Hash: [`crate::ResolverKey`] → 1.
     pub const RESOLVERS: &str = "RESOLVERS";
     /// Hash: cookie of a network namespace in which resolvers are believed → 1.
@@ -69,9 +71,9 @@ pub mod map {
     pub const META: &str = "META";
 
     /// Every map.
-    pub const ALL: [&str; 19] = [
-        WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, NAME_IDS, NAMES, HOSTS, QUOTAS, RESOLVERS, NETNS, ASKED,
-        STREAMS, QUESTIONED, SCRATCH, EVENTS, STATS, META,
+    pub const ALL: [&str; 20] = [
+        WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, NAME_IDS, NAMES, HOSTS, QUOTAS, FORGOTTEN, RESOLVERS, NETNS,
+        ASKED, STREAMS, QUESTIONED, SCRATCH, EVENTS, STATS, META,
     ];
 }
 
@@ -147,6 +149,9 @@ pub struct Meta {
     /// Whether port 53 is kept for those who may serve it.
     guards_dns: u8,
     reserved_too: [u8; 3],
+    /// How many addresses each workload always finds room for.
+    guaranteed: u32,
+    reserved_last: u32,
 }
 
 impl Meta {
@@ -171,6 +176,8 @@ impl Meta {
             quota: 0,
             guards_dns: 0,
             reserved_too: [0; 3],
+            guaranteed: 0,
+            reserved_last: 0,
         }
     }
 
@@ -219,6 +226,18 @@ impl Meta {
     #[inline(always)]
     pub const fn quota(&self) -> u32 {
         self.quota
+    }
+
+    /// With another number of addresses that each workload always finds room for.
+    #[must_use]
+    pub const fn with_guaranteed(self, guaranteed: u32) -> Self {
+        Self { guaranteed, ..self }
+    }
+
+    /// How many addresses each workload always finds room for.
+    #[inline(always)]
+    pub const fn guaranteed(&self) -> u32 {
+        self.guaranteed
     }
 
     /// With port 53 kept for those who may serve it, or not.
@@ -271,7 +290,7 @@ impl Meta {
     }
 }
 
-const _: () = assert!(size_of::<Meta>() == 112 && align_of::<Meta>() == 8);
+const _: () = assert!(size_of::<Meta>() == 120 && align_of::<Meta>() == 8);
 
 #[cfg(test)]
 mod tests {

@@ -43,7 +43,10 @@ pub use layout::{
     ABI_VERSION, Counter, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MAX_NETNS, MAX_RESOLVERS, MAX_SCOPES, MAX_USERS, Meta,
     map,
 };
-pub use names::{Asked, Claim, ClaimPlace, Claims, FactKey, Lesson, Lifetime, MOST_CLAIMS, NameId, ResolverKey};
+pub use names::{
+    Account, Asked, COMMON, COMMON_FACTS, Claim, ClaimPlace, Claims, FactKey, Fit, Lesson, Lifetime, MOST_CLAIMS,
+    NameId, ResolverKey, guaranteed,
+};
 pub use packet::{
     Arrived, Bytes, Checksum, DNS_PORT, Packet, Sent, Way, answer_v4, answer_v6, sent_v4, sent_v6, way_v4, way_v6,
 };

@@ -253,9 +253,10 @@ mod tests {
     fn the_last_256_are_remembered_whatever_their_addresses() {
         let every = |n: u32| (Address::from_bits(0xffff_c612_0000 + u128::from(n)), 1024);
         let of_one_bucket = |n: &u32| bucket(every(*n).0, 1024) == 7;
-        for clients in
-            [(0..5_000).map(every).collect::<Vec<_>>(), (0..500_000).filter(of_one_bucket).map(every).take(1_000).collect()]
-        {
+        for clients in [
+            (0..5_000).map(every).collect::<Vec<_>>(),
+            (0..500_000).filter(of_one_bucket).map(every).take(1_000).collect(),
+        ] {
             let mut peers = no_peers();
             for (heard, &(address, port)) in clients.iter().enumerate() {
                 peers.remember(address, port, 7);

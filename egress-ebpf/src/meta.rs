@@ -29,3 +29,9 @@ pub(crate) fn quota() -> u32 {
 pub(crate) fn guards_dns() -> bool {
     META.get(0).is_some_and(Meta::guards_dns)
 }
+
+/// How many addresses each workload always finds room for.
+#[inline(always)]
+pub(crate) fn guaranteed() -> u32 {
+    META.get(0).map_or(0, Meta::guaranteed)
+}

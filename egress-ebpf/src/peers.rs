@@ -3,7 +3,10 @@
 use aya_ebpf::{bindings::bpf_sock_addr, btf_maps::SkStorage, macros::btf_map, programs::SockAddrContext};
 use egress_common::{Address, Flow, Peers};
 
-use crate::clock;
+use crate::{
+    clock,
+    context::{halves, joined},
+};
 
 /// Named as `map::PEERS`.
 #[btf_map]
@@ -46,16 +49,4 @@ extern "C" fn hear(ctx: *mut bpf_sock_addr, high: u64, low: u64, port: u32) -> u
         peers.remember(joined(high, low), port as u16, clock::seconds());
     }
     0
-}
-
-#[inline(always)]
-fn halves(address: Address) -> (u64, u64) {
-    let [a, b, c, d] = address.network_words();
-    (u64::from(a) << 32 | u64::from(b), u64::from(c) << 32 | u64::from(d))
-}
-
-#[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "each number is taken apart as it was put together")]
-const fn joined(high: u64, low: u64) -> Address {
-    Address::from_network_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32])
 }

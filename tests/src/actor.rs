@@ -440,7 +440,8 @@ fn answer_behind(socket: &UdpSocket, count: u32, behind: u32) -> Result<u32> {
         waiting.push_back(socket.recv_from(&mut [0; 64])?.1);
         if waiting.len() > behind as usize {
             let to = waiting.pop_front().context("there is more than one")?;
-            refused += u32::from(socket.send_to(b"!", to).is_err_and(|error| error.raw_os_error() == Some(libc::EPERM)));
+            refused +=
+                u32::from(socket.send_to(b"!", to).is_err_and(|error| error.raw_os_error() == Some(libc::EPERM)));
         }
     }
     Ok(refused)

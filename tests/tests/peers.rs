@@ -12,7 +12,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData};
-use egress_common::{MAX_PEERS, map};
+use egress_common::{MAX_PEERS, Meta, map};
 use egress_tests::{
     actor::{Actor, Outcome},
     agent::{Agent, Place},
@@ -180,7 +180,7 @@ fn an_agent_of_another_version_hands_on_whom_sockets_have_heard() {
     let peer = world.hear("203.0.113.7:4000");
     world.agent.take().unwrap().kill().unwrap();
     let meta = Map::Array(MapData::from_pin(world.set().join(map::META)).unwrap());
-    let mut meta = Array::<_, [u8; 112]>::try_from(meta).unwrap();
+    let mut meta = Array::<_, [u8; size_of::<Meta>()]>::try_from(meta).unwrap();
     let mut other = meta.get(&0, 0).unwrap();
     other[0] += 1;
     meta.set(0, other, 0).unwrap();

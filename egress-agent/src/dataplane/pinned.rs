@@ -8,11 +8,12 @@ use std::{
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapInfo, MapType, PerCpuArray, RingBuf};
 use egress_common::{
-    ABI_VERSION, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, Peers, ResolverKey, Settings, map,
+    ABI_VERSION, Account, COMMON, Claims, Counter, Event, FactKey, Hook, Meta, NameKey, Peers, ResolverKey, Settings,
+    map,
 };
 use zerocopy::transmute;
 
-use super::{DataplaneError, WHERE_IT_MATTERS, failed, open, sys};
+use super::{DataplaneError, WHERE_IT_MATTERS, facts::accounts, failed, open, sys};
 use crate::{
     pins::{self, PinError},
     report::Reported,
@@ -51,9 +52,19 @@ pub fn counters(set: &Path) -> Result<Vec<(Counter, u64)>, DataplaneError> {
 
 /// The workloads of a set that learnt names, each with how many addresses.
 pub fn learners(set: &Path) -> Result<Vec<(u64, u32)>, DataplaneError> {
-    let read = |cause| failed(map::QUOTAS, "read", cause);
-    let quotas = HashMap::<_, u64, u32>::try_from(Map::HashMap(open(set, map::QUOTAS)?)).map_err(read)?;
-    Ok(quotas.iter().flatten().filter(|(_, count)| *count > 0).collect())
+    // Those of another version would be misread.
+    meta(set)?;
+    let forgotten = Map::HashMap(open(set, map::FORGOTTEN)?);
+    let forgotten =
+        HashMap::<_, u64, u64>::try_from(forgotten).map_err(|cause| failed(map::FORGOTTEN, "read", cause))?;
+    let count = |(workload, account): (u64, Account)| {
+        let count = account.count(forgotten.get(&workload, 0).unwrap_or(0));
+        (workload, u32::try_from(count).unwrap_or(u32::MAX))
+    };
+    let accounts = accounts(&open(set, map::QUOTAS)?)?.into_iter().filter(|(workload, _)| *workload != COMMON);
+    let mut learners: Vec<(u64, u32)> = accounts.map(count).filter(|(_, count)| *count > 0).collect();
+    learners.sort_unstable();
+    Ok(learners)
 }
 
 /// How many events of a set found no room.
@@ -120,20 +131,27 @@ fn map_use(set: &Path, name: &'static str, views: &[u32]) -> Result<MapUse, Data
                 bytes += memory(&inner);
             }
         }
-        map::HOSTS => {
-            entries = count::<{ size_of::<FactKey>() }, { size_of::<NameKey>() }>(name, Map::LruHashMap(data))?;
-        }
-        map::NAMES => entries = count::<{ size_of::<FactKey>() }, { size_of::<Claims>() }>(name, Map::HashMap(data))?,
-        map::USERS | map::QUOTAS | map::NETNS => entries = count::<8, 4>(name, Map::HashMap(data))?,
-        map::RESOLVERS => entries = count::<{ size_of::<ResolverKey>() }, 4>(name, Map::HashMap(data))?,
+        map::HOSTS => entries = count::<{ size_of::<FactKey>() }, { size_of::<NameKey>() }>(name, &data)?,
+        map::NAMES => entries = count::<{ size_of::<FactKey>() }, { size_of::<Claims>() }>(name, &data)?,
+        map::USERS | map::NETNS => entries = count::<8, 4>(name, &data)?,
+        map::QUOTAS => entries = count::<8, { size_of::<Account>() }>(name, &data)?,
+        map::FORGOTTEN => entries = count::<8, 8>(name, &data)?,
+        map::RESOLVERS => entries = count::<{ size_of::<ResolverKey>() }, 4>(name, &data)?,
         _ => entries = capacity,
     }
     Ok(MapUse { name, entries, capacity, bytes })
 }
 
-fn count<const KEY: usize, const VALUE: usize>(name: &'static str, map: Map) -> Result<u64, DataplaneError> {
-    let map = HashMap::<_, [u8; KEY], [u8; VALUE]>::try_from(map).map_err(|cause| failed(name, "read", cause))?;
-    Ok(map.keys().count() as u64)
+fn count<const KEY: usize, const VALUE: usize>(name: &'static str, map: &MapData) -> Result<u64, DataplaneError> {
+    let read = |cause| DataplaneError::Element { name, what: "read", cause };
+    let info = map.info().map_err(|cause| failed(name, "inspect", cause))?;
+    // The kernel writes as much as it has for each.
+    if (info.key_size() as usize, info.value_size() as usize) != (KEY, VALUE) {
+        return Err(read(io::ErrorKind::InvalidData.into()));
+    }
+    let mut entries = 0;
+    sys::each(map.fd().as_fd(), |_: [u8; KEY], _: [u8; VALUE]| entries += 1).map_err(read)?;
+    Ok(entries)
 }
 
 /// The views that are there: elements of `POLICY` and `SEGMENTS` that can be in use.

@@ -19,7 +19,9 @@ const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
+const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
+const BPF_MAP_DELETE_BATCH: libc::c_int = 27;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_DETACH: libc::c_int = 34;
 
@@ -33,10 +35,10 @@ struct Create {
     flags: u32,
 }
 
-/// The attributes of `BPF_MAP_UPDATE_BATCH`.
+/// The attributes of `BPF_MAP_LOOKUP_BATCH`, `BPF_MAP_UPDATE_BATCH` and `BPF_MAP_DELETE_BATCH`.
 #[repr(C)]
 struct Batch {
-    /// Cursors, which only look-ups use.
+    /// Cursors, which only look-ups use: where to begin, 0 for the beginning, and where that ended.
     from: u64,
     to: u64,
     keys: u64,
@@ -133,6 +135,79 @@ pub(super) fn update_batch<K: IntoBytes, V: IntoBytes>(
     // Where the kernel did not get as far as the elements, it leaves the count as it was.
     let taken = if batch.count == count { 0 } else { batch.count as usize };
     (taken, Err(error))
+}
+
+/// Shows every element of a hash map whose keys and values have these types. One that is there from beginning to end is shown once,
+/// whatever comes and goes meanwhile, and that takes no longer for it: the kernel gives whole buckets, one after the other.
+pub(super) fn each<K: FromBytes + Copy, V: FromBytes + Copy>(
+    map: BorrowedFd<'_>,
+    mut show: impl FnMut(K, V),
+) -> io::Result<()> {
+    let mut room = 4096;
+    let (mut cursor, mut begun) = ([0_u32; 2], false);
+    loop {
+        let (mut keys, mut values) = (vec![K::new_zeroed(); room], vec![V::new_zeroed(); room]);
+        let from = if begun { (&raw const cursor[0]) as u64 } else { 0 };
+        let mut batch = Batch {
+            from,
+            to: (&raw mut cursor[1]) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: u32::try_from(room).unwrap_or(u32::MAX),
+            map_fd: fd(map),
+            element_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads the batch and writes its count, and at most `count` keys and values of the map's sizes, which
+        // the caller took from these types; it reads and writes one cursor of four bytes each.
+        let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_BATCH, &raw mut batch, size_of::<Batch>()) };
+        let error = if result == 0 { None } else { Some(io::Error::last_os_error()) };
+        match error.as_ref().and_then(io::Error::raw_os_error) {
+            // The bucket that is next has more.
+            Some(libc::ENOSPC) => room *= 2,
+            Some(libc::EINTR) => {}
+            None | Some(libc::ENOENT) => {
+                keys.iter().zip(&values).take(batch.count as usize).for_each(|(&key, &value)| show(key, value));
+                if error.is_some() {
+                    return Ok(());
+                }
+                (cursor[0], begun) = (cursor[1], true);
+            }
+            Some(_) => return error.map_or(Ok(()), Err),
+        }
+    }
+}
+
+/// Removes elements of a map whose keys have this type; tells how many were there.
+pub(super) fn remove_batch<K: IntoBytes>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<usize> {
+    let (mut rest, mut removed) = (keys, 0);
+    while !rest.is_empty() {
+        let count = u32::try_from(rest.len()).unwrap_or(u32::MAX);
+        let (from, to, values, element_flags, flags) = (0, 0, 0, 0, 0);
+        let mut batch =
+            Batch { from, to, keys: rest.as_ptr() as u64, values, count, map_fd: fd(map), element_flags, flags };
+        // SAFETY: the kernel reads the batch and writes its count; it reads `count` keys of the map's size, which the caller took
+        // from this type.
+        let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_DELETE_BATCH, &raw mut batch, size_of::<Batch>()) };
+        if result == 0 {
+            return Ok(removed + rest.len());
+        }
+        let error = io::Error::last_os_error();
+        let done = batch.count as usize;
+        match error.raw_os_error() {
+            // One of them was gone: the kernel stops there.
+            Some(libc::ENOENT) if done < rest.len() => {
+                removed += done;
+                rest = &rest[done + 1..];
+            }
+            Some(libc::EINTR) if done < rest.len() => {
+                removed += done;
+                rest = &rest[done..];
+            }
+            _ => return Err(error),
+        }
+    }
+    Ok(removed)
 }
 
 /// Puts one element into a map whose keys and values have these types.
