@@ -249,10 +249,11 @@ fn a_workload_finds_room_however_much_others_have_learnt() {
 #[test]
 fn a_workload_that_may_learn_no_more_is_told() {
     let mut world = World::with(WILDCARD, &["--name-quota", "100"]);
-    assert_eq!(world.status()["degraded"], json!([]));
+    // Some kernels lack something else.
+    let before = world.status()["degraded"].clone();
     world.ask(Transport::Tcp, NEAR, "many-100.example.com");
     world.ask(Transport::Tcp, NEAR, "many-100.example.com");
-    assert_eq!((world.learnt("quota"), &world.status()["degraded"]), (0, &json!([])));
+    assert_eq!((world.learnt("quota"), &world.status()["degraded"]), (0, &before));
     for _ in 0..2 {
         world.ask(Transport::Tcp, NEAR, "many-101.example.com");
         let (place, name) = (&world.place, world.cgroup.name());
