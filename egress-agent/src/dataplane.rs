@@ -70,6 +70,9 @@ type NetworkNamespaces = KernelHash<MapData, u64, u32>;
 /// The `VIEWS` map, in bytes: view → [`Settings`].
 type Views = Array<MapData, [u8; 8]>;
 
+/// Views that are filled before they are put, each with at most two descriptors.
+const BATCH: usize = 128;
+
 /// Bytes of kernel memory that a prefix and a port range take, as measured.
 const PREFIX_BYTES: u64 = 128;
 const SEGMENT_BYTES: u64 = 12;
@@ -297,15 +300,20 @@ impl Dataplane {
         Ok(Applied { generation: 0, is_changed: false, scopes, rules: 0, prefixes, segments })
     }
 
-    /// Fills every scope that is new, then puts all of them where nothing points to yet.
+    /// Fills every scope that is new and puts it where nothing points to yet. Its descriptors are closed as soon as the scopes of
+    /// a batch are put: a policy of thousands of scopes takes no more of them than one of a few.
     fn fill(&mut self, steps: &[Step], layout: &Layout) -> Result<(), DataplaneError> {
-        let mut filled = Vec::new();
+        let mut filled = Vec::with_capacity(BATCH);
         for step in steps {
             let Step::Fill { scope, index } = *step else { continue };
             let ruleset = &layout.scopes[index].ruleset;
             let ids = self.rules.assign(&ruleset.rules);
             for (view, table) in ruleset.views(scope) {
                 filled.push(contents::fill(view, table, &ids, &self.names)?);
+            }
+            if filled.len() >= BATCH {
+                self.slots.put(&filled)?;
+                filled.clear();
             }
             self.believe(scope, ruleset.resolvers().map(Address::from).collect())?;
             self.set(scope.enforcing(), Some(&ruleset.enforcing))?;

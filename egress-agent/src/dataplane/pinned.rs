@@ -134,10 +134,10 @@ fn views(set: &Path) -> Result<Vec<u32>, DataplaneError> {
 
 /// The maps that elements of an array of maps point to. Needs `CAP_SYS_ADMIN`, as the kernel hands them out by id; without
 /// it, none. To look at an element that holds nothing is not free: before Linux 6.8 each look waits for a grace period of
-/// RCU (`bpf_map_copy_value`), and of all elements of an array that took minutes.
-fn inner_maps(outer: MapData, elements: &[u32]) -> Vec<MapData> {
+/// RCU (`bpf_map_copy_value`), and of all elements of an array that took minutes. One is open at a time.
+fn inner_maps(outer: MapData, elements: &[u32]) -> impl Iterator<Item = MapData> {
     let outer = ArrayOfMaps::<_, MapData>::try_from(Map::ArrayOfMaps(outer)).ok();
-    outer.into_iter().flat_map(|outer| elements.iter().filter_map(move |index| outer.get(index, 0).ok())).collect()
+    outer.into_iter().flat_map(|outer| elements.iter().filter_map(move |index| outer.get(index, 0).ok()))
 }
 
 /// What the kernel charges for a map, as it tells in `/proc/self/fdinfo`; 0 if it does not.
