@@ -5,14 +5,21 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
     path::{Component, Path, PathBuf},
 };
 
-use rustix::{fs::statfs, thread::gettid};
+use rustix::{
+    fs::{CWD, Mode, OFlags, statfs},
+    io::Errno,
+    thread::gettid,
+};
 use thiserror::Error;
 
-use crate::mounts;
+use crate::{mounts, policy::diagnostic::printable};
 
 /// The type of the file system.
 const CGROUP2: &str = "cgroup2";
@@ -96,6 +103,55 @@ fn inode_on_cgroup2(path: &Path) -> Option<u64> {
     meta?.ok().map(|meta| meta.ino())
 }
 
+/// A directory, by a path that system calls take however long its own is: cgroups can be nested as deep as their owner likes.
+#[derive(Debug)]
+pub(crate) struct Reached {
+    path: PathBuf,
+    /// What the path leads through.
+    _directory: Option<OwnedFd>,
+}
+
+impl std::ops::Deref for Reached {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Reaches a directory. What is too long for one system call (`PATH_MAX`), with a name appended, is opened piece by piece.
+pub(crate) fn reach(directory: &Path) -> io::Result<Reached> {
+    const MAX_PATH: usize = 4096 - 256;
+    const MAX_NAMES: usize = 8;
+    if directory.as_os_str().len() <= MAX_PATH {
+        return Ok(Reached { path: directory.to_owned(), _directory: None });
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut reached = rustix::fs::openat(CWD, "/", flags, Mode::empty())?;
+    let names: Vec<&OsStr> = below(directory).iter().collect();
+    for names in names.chunks(MAX_NAMES) {
+        reached = rustix::fs::openat(&reached, names.iter().collect::<PathBuf>(), flags, Mode::empty())?;
+    }
+    let path = PathBuf::from(format!("/proc/self/fd/{}", reached.as_raw_fd()));
+    Ok(Reached { path, _directory: Some(reached) })
+}
+
+/// Whether an error says that a cgroup is gone.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    let gone = [Errno::NOENT, Errno::NOTDIR, Errno::NODEV];
+    gone.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+/// A path for people: bytes that are not text, and characters that could pose as something else, are escaped.
+pub(crate) fn shown(path: &Path) -> String {
+    let mut shown = String::new();
+    for chunk in path.as_os_str().as_bytes().utf8_chunks() {
+        shown.push_str(&printable(chunk.valid()));
+        shown.extend(chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}")));
+    }
+    shown
+}
+
 /// An open cgroup to attach to.
 #[derive(Debug)]
 pub struct Cgroup {
@@ -111,6 +167,13 @@ impl Cgroup {
     /// Whether it is the root of the hierarchy.
     pub fn is_root(&self) -> bool {
         self.path == Path::new("/")
+    }
+
+    /// Opens the cgroup at a path below the mount.
+    pub(crate) fn at(mount: &Path, path: &Path) -> io::Result<Self> {
+        let directory = File::open(&*reach(&mount.join(path))?)?;
+        let id = directory.metadata()?.ino();
+        Ok(Self { directory, id, path: Path::new("/").join(path) })
     }
 
     /// Opens the cgroup a user means: a directory of the cgroup2 file system, or a path below its mount. A directory of
@@ -159,19 +222,36 @@ fn cgroup2_path(cgroups: &[u8]) -> Option<PathBuf> {
 
 /// Every directory of a mount. What goes away meanwhile is no longer there to be listed.
 pub(crate) fn directories(mount: &Path) -> impl Iterator<Item = PathBuf> {
-    let mut todo = vec![mount.to_owned()];
+    found_below(mount).map(|found| found.directory)
+}
+
+/// A cgroup that was found.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) directory: PathBuf,
+    pub(crate) id: u64,
+    /// The id of the one above it, unless the search began here.
+    pub(crate) parent: Option<u64>,
+}
+
+/// A cgroup and every one below it, each after the one above it. What goes away meanwhile is no longer there to be found.
+pub(crate) fn found_below(top: &Path) -> impl Iterator<Item = Found> {
+    let mut todo = vec![(top.to_owned(), None)];
     std::iter::from_fn(move || {
-        let directory = todo.pop()?;
-        todo.extend(children(&directory).map(|name| directory.join(name)));
-        Some(directory)
+        loop {
+            let (directory, parent) = todo.pop()?;
+            let Ok(id) = reach(&directory).and_then(|path| fs::metadata(&*path)).map(|meta| meta.ino()) else { continue };
+            todo.extend(children(&directory).into_iter().flatten().map(|name| (directory.join(name), Some(id))));
+            return Some(Found { directory, id, parent });
+        }
     })
 }
 
 /// The names of the cgroups directly below one. What goes away meanwhile is no longer there to be listed.
-pub(crate) fn children(directory: &Path) -> impl Iterator<Item = OsString> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+pub(crate) fn children(directory: &Path) -> io::Result<impl Iterator<Item = OsString>> {
+    let entries = fs::read_dir(&*reach(directory)?)?.flatten();
     let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    children.map(|entry| entry.file_name())
+    Ok(children.map(|entry| entry.file_name()))
 }
 
 /// The path of a cgroup without its leading slash, as it is below a mount of the hierarchy.
@@ -236,6 +316,7 @@ impl CgroupPaths {
 
 /// The processes in a cgroup; of a threaded one, the threads, which alone are told.
 pub(crate) fn tasks(directory: &Path) -> Vec<u32> {
+    let Ok(directory) = reach(directory) else { return Vec::new() };
     let read = |name| fs::read_to_string(directory.join(name));
     let tasks = read("cgroup.procs").or_else(|_| read("cgroup.threads")).unwrap_or_default();
     tasks.lines().filter_map(|pid| pid.parse().ok()).collect()
@@ -243,15 +324,17 @@ pub(crate) fn tasks(directory: &Path) -> Vec<u32> {
 
 /// The systemd unit that a cgroup belongs to: the first component of its path that is not a slice, if that is a service,
 /// scope or the like. What stands below it was made by the unit itself, which could take another unit's name there.
-pub fn unit(path: &Path) -> Option<&str> {
-    const UNIT_TYPES: [&str; 5] = ["service", "scope", "socket", "mount", "swap"];
-    let mut components = path.iter().filter(|&component| component != "/").map(OsStr::to_str);
-    let name = components.find(|name| name.and_then(unit_type) != Some("slice"))??;
+pub fn unit(path: &Path) -> Option<&OsStr> {
+    const UNIT_TYPES: [&[u8]; 5] = [b"service", b"scope", b"socket", b"mount", b"swap"];
+    let mut components = path.iter().filter(|&component| component != "/");
+    let name = components.find(|name| unit_type(name) != Some(b"slice"))?;
     unit_type(name).is_some_and(|kind| UNIT_TYPES.contains(&kind)).then_some(name)
 }
 
-fn unit_type(name: &str) -> Option<&str> {
-    name.rsplit_once('.').map(|(_, kind)| kind)
+fn unit_type(name: &OsStr) -> Option<&[u8]> {
+    let name = name.as_bytes();
+    let dot = name.iter().rposition(|&byte| byte == b'.')?;
+    Some(&name[dot + 1..])
 }
 
 /// The container that a cgroup belongs to: 64 hexadecimal digits, as containerd, CRI-O, Docker and Podman name it, alone
@@ -341,12 +424,12 @@ mod tests {
         assert_eq!(container_id(Path::new(&pod)), Some(id.as_str()));
         assert_eq!(container_id(Path::new(&format!("/docker/{id}/child"))), Some(id.as_str()));
         assert_eq!(container_id(Path::new("/system.slice/nginx.service")), None);
-        assert_eq!(unit(Path::new(&pod)), Some(format!("cri-containerd-{id}.scope").as_str()));
+        assert_eq!(unit(Path::new(&pod)), Some(OsStr::new(&format!("cri-containerd-{id}.scope"))));
     }
 
     #[test]
     fn a_unit_is_the_first_that_is_no_slice() {
-        let check = |path: &str, expected| assert_eq!(unit(Path::new(path)), expected, "{path}");
+        let check = |path: &str, expected: Option<&str>| assert_eq!(unit(Path::new(path)), expected.map(OsStr::new), "{path}");
         check("/system.slice/nginx.service/worker", Some("nginx.service"));
         check("/system.slice/nginx.service/sshd.service", Some("nginx.service"));
         check("/user.slice/user-1000.slice/user@1000.service/app.slice/foo.service", Some("user@1000.service"));
@@ -357,6 +440,8 @@ mod tests {
         check("/kubepods/burstable", None);
         check("/system.slice", None);
         check("/", None);
-        assert_eq!(unit(Path::new(OsStr::from_bytes(b"/\xff.slice/sshd.service"))), None);
+        let bytes = |bytes: &'static [u8]| OsStr::from_bytes(bytes);
+        assert_eq!(unit(Path::new(bytes(b"/\xff.slice/a\xfe.service/x"))), Some(bytes(b"a\xfe.service")));
+        assert_eq!(unit(Path::new(bytes(b"/\xff/sshd.service"))), None);
     }
 }

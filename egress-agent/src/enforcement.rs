@@ -2,15 +2,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    io,
+    fs, io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use egress_common::Hook;
+use egress_common::{Hook, MAX_LEVEL};
 
 use crate::{
-    cgroup::{self, Cgroup, CgroupError},
+    cgroup::{self, Cgroup, is_gone, reach},
     dataplane::{Applied, Change, Dataplane, DataplaneError, Spot},
     existing::{Sweep, may_enter},
     hierarchy::{Changed, Hierarchy},
@@ -19,7 +19,7 @@ use crate::{
     policy::load::Watched,
     ruleset::Ruleset,
     run::{RunError, chain, system},
-    scopes::{Layout, Node, Placement, Seat, Selector},
+    scopes::{Layout, Node, Placement, Seat, Selector, UnknownWorkloads},
     socket_matching::{self, Matching, Vigil},
     status,
     watch::Watch,
@@ -61,6 +61,29 @@ pub(crate) struct Enforcement {
     unlearnt: Option<String>,
     /// Where the kernel may stop to match sockets to cgroups.
     vigil: Option<Vigil>,
+    /// Hooks that are not where the policies need them, each with what is wrong.
+    unattached: BTreeMap<Spot, String>,
+}
+
+/// A hook that could not be attached to a cgroup that is there.
+struct Unattached {
+    spot: Spot,
+    /// The cgroup, below the mount.
+    path: PathBuf,
+    error: RunError,
+}
+
+impl Unattached {
+    /// For `status`.
+    fn told(&self) -> String {
+        let Self { spot, path, error } = self;
+        let follows = match spot.hook {
+            Hook::Query => "what is there is refused",
+            _ => "names are not learnt there",
+        };
+        let (hook, path) = (spot.hook.as_str(), cgroup::shown(&Path::new("/").join(path)));
+        format!("{hook} is not attached to cgroup {path}, {follows}: {}", chain(error))
+    }
 }
 
 /// Whether connections that are to end are looked for once more: one that was allowed a moment before may not have been there
@@ -126,6 +149,7 @@ impl Enforcement {
         let vigil = (socket_matching::is_possible() && !cgroup.is_root()).then(Vigil::default);
         let mut enforcement = Self {
             vigil,
+            unattached: BTreeMap::new(),
             namespaces: may_enter().then(PodNamespaces::default),
             unlearnt,
             sweeping: Sweeping::Done,
@@ -176,7 +200,21 @@ impl Enforcement {
         let stopped = self.vigil.as_ref().is_some_and(Vigil::is_stopped);
         let learns = self.learns();
         let unlearnt = self.unlearnt.clone().filter(|_| learns);
-        stopped.then(|| socket_matching::STOPPED.to_owned()).into_iter().chain(unlearnt).collect()
+        let stopped = stopped.then(|| socket_matching::STOPPED.to_owned());
+        let unattached = self.unattached.values().cloned();
+        stopped.into_iter().chain(unlearnt).chain(unattached).chain(self.too_deep()).collect()
+    }
+
+    /// That policies may select cgroups which are too deep to be told apart.
+    fn too_deep(&self) -> Option<String> {
+        let too_deep = self.hierarchy.too_deep();
+        let path = cgroup::shown(&Path::new("/").join(too_deep.first()?));
+        let (count, unknown) = (too_deep.len(), self.selector.unknown());
+        let become_of = match unknown {
+            UnknownWorkloads::Deny => "are refused (unknown_workload) where an enforcing policy may select them",
+            UnknownWorkloads::Inherit => "are judged as the cgroup above them",
+        };
+        Some(format!("cgroups deeper than level {MAX_LEVEL} {become_of}: below {count} cgroup(s), as {path}"))
     }
 
     /// Attaches the programs.
@@ -218,7 +256,7 @@ impl Enforcement {
 
     fn with_gone(&self, mut pods: Pods) -> Pods {
         let nodes = self.hierarchy.nodes();
-        pods.keep(self.selector.pods(), nodes.iter().map(|node| node.path.as_str()));
+        pods.keep(self.selector.pods(), nodes.iter().map(|node| node.path.as_path()));
         pods
     }
 
@@ -241,31 +279,76 @@ impl Enforcement {
     }
 
     fn look(&mut self) -> Result<(), RunError> {
-        let selector = &self.selector;
-        self.hierarchy.look(&|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))
+        let (selector, before) = (&self.selector, self.hierarchy.too_deep().len());
+        self.hierarchy.look(&mut |path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))?;
+        self.warn_of_too_deep(before);
+        Ok(())
+    }
+
+    /// Once for all of them.
+    fn warn_of_too_deep(&self, before: usize) {
+        if let (0, Some(too_deep)) = (before, self.too_deep()) {
+            tracing::warn!("{too_deep}");
+        }
     }
 
     /// Looks at all cgroups and places them.
     fn place(&mut self, change: Change) -> Result<Applied, RunError> {
         self.look()?;
         self.is_behind = false;
-        self.apply(change)
+        self.apply(change).inspect_err(|_| self.is_behind = true)
     }
 
     fn apply(&mut self, change: Change) -> Result<Applied, RunError> {
         let nodes = self.hierarchy.nodes();
-        let layout = self.selector.layout(&nodes, self.agent.as_ref().map(|agent| agent.id))?;
+        let mut layout = self.selector.layout(&nodes, self.agent.as_ref().map(|agent| agent.id))?;
         let wanted = self.where_it_matters(&nodes, &layout);
         // Who listens before there is something to learn misses nothing, and a question is judged from the first on by a policy that
         // wants it. But before there is any policy, each would be refused.
         let is_early = |spot: &Spot| self.is_attached || spot.hook == Hook::Ingress;
         let (early, late): (Vec<_>, Vec<_>) = wanted.iter().partition(|(spot, _)| is_early(spot));
-        self.attach_spots(&early)?;
+        let failed = self.attach_spots(&early);
+        self.do_without(failed, change, &nodes, &mut layout)?;
         let applied = self.dataplane.apply(&layout, change)?;
-        self.attach_spots(&late)?;
+        if let Some(failed) = self.attach_spots(&late).into_iter().next() {
+            return Err(failed.error);
+        }
         self.layout = layout;
         self.detach_elsewhere(&wanted.keys().copied().collect());
         Ok(applied)
+    }
+
+    /// After hooks could not be attached: a policy that needs them is not put in force. But a cgroup that came, or one where
+    /// that was so before, holds nobody else up: questions that nobody could judge are not asked there, and it is tried again.
+    fn do_without(
+        &mut self,
+        failed: Vec<Unattached>,
+        change: Change,
+        nodes: &[Node],
+        layout: &mut Layout,
+    ) -> Result<(), RunError> {
+        let before = std::mem::take(&mut self.unattached);
+        self.is_behind |= !failed.is_empty();
+        for failed in failed {
+            let told = failed.told();
+            match before.get(&failed.spot) {
+                None if change == Change::Policy => {
+                    self.unattached = before;
+                    return Err(failed.error);
+                }
+                Some(before) if *before == told => {}
+                _ => tracing::error!("{told}"),
+            }
+            if failed.spot.hook == Hook::Query {
+                for node in nodes.iter().filter(|node| node.path.starts_with(&failed.path)) {
+                    if let Some(placement) = layout.placements.get_mut(&node.id) {
+                        (placement.own, placement.below) = (Seat::Unknown, Seat::Unknown);
+                    }
+                }
+            }
+            self.unattached.insert(failed.spot, told);
+        }
+        Ok(())
     }
 
     /// The hooks that few cgroups need, with those that do and where these are. What is below one of them has them, too.
@@ -276,25 +359,39 @@ impl Enforcement {
         let learns = |rules: &Ruleset| rules.has_names() || (names_matter && rules.serves_dns());
         let mut wanted = BTreeMap::new();
         for node in top_most(&sorted, layout, learns) {
-            wanted.insert(Spot { hook: Hook::Ingress, cgroup: node.id }, self.mount.join(&node.path));
+            wanted.insert(Spot { hook: Hook::Ingress, cgroup: node.id }, node.path.clone());
         }
         for node in top_most(&sorted, layout, Ruleset::judges_queries) {
-            wanted.insert(Spot { hook: Hook::Query, cgroup: node.id }, self.mount.join(&node.path));
+            wanted.insert(Spot { hook: Hook::Query, cgroup: node.id }, node.path.clone());
         }
         wanted
     }
 
-    fn attach_spots(&mut self, wanted: &[(&Spot, &PathBuf)]) -> Result<(), RunError> {
+    /// Attaches hooks where they are not yet, and tells of those that are needed and cannot be.
+    fn attach_spots(&mut self, wanted: &[(&Spot, &PathBuf)]) -> Vec<Unattached> {
         let there: BTreeSet<Spot> = self.dataplane.spots().collect();
-        for (spot, path) in wanted.iter().filter(|(spot, _)| !there.contains(spot)) {
-            match Cgroup::open(path, &self.mount) {
-                Ok(cgroup) if cgroup.id == spot.cgroup => self.dataplane.attach_spot(spot.hook, &cgroup)?,
-                // It is gone, which will be noticed.
-                Ok(_) | Err(CgroupError::NotFound { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
+        let missing = wanted.iter().filter(|(spot, _)| !there.contains(spot));
+        let attach = |&(&spot, path): &(&Spot, &PathBuf)| {
+            let error = self.attach_spot(spot, path).err()?;
+            Some(Unattached { spot, path: path.clone(), error })
+        };
+        missing.filter_map(attach).collect()
+    }
+
+    /// It is no error if the cgroup is gone, which will be noticed.
+    fn attach_spot(&mut self, spot: Spot, path: &Path) -> Result<(), RunError> {
+        let opened = match Cgroup::at(&self.mount, path) {
+            Ok(cgroup) if cgroup.id == spot.cgroup => cgroup,
+            Ok(_) => return Ok(()),
+            Err(error) if is_gone(&error) => return Ok(()),
+            Err(error) => return Err(system("cannot open the cgroup")(error)),
+        };
+        let attached = self.dataplane.attach_spot(spot.hook, &opened);
+        let is_there = || reach(&self.mount.join(path)).and_then(|path| fs::metadata(&*path));
+        match attached {
+            Err(_) if is_there().is_err_and(|error| is_gone(&error)) => Ok(()),
+            attached => Ok(attached?),
         }
-        Ok(())
     }
 
     fn detach_elsewhere(&mut self, wanted: &BTreeSet<Spot>) {
@@ -325,10 +422,11 @@ impl Enforcement {
 
     /// Places cgroups that came.
     fn follow_cgroups(&mut self, changed: Changed) {
-        let selector = &self.selector;
-        let updated = self.hierarchy.update(changed, &|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH));
-        self.is_behind |= updated.is_err();
-        if let Err(error) = updated.and_then(|()| self.apply(Change::Cgroups)) {
+        let (selector, before) = (&self.selector, self.hierarchy.too_deep().len());
+        let updated = self.hierarchy.update(changed, &mut |path| selector.looks_below(path));
+        self.warn_of_too_deep(before);
+        if let Err(error) = updated.map_err(system(CANNOT_WATCH)).and_then(|()| self.apply(Change::Cgroups)) {
+            self.is_behind = true;
             tracing::error!(error = %chain(&error), "cannot place new cgroups: they are refused, or judged as their parents");
         }
         self.follow_namespaces();
@@ -362,7 +460,7 @@ impl Enforcement {
         if self.is_behind {
             self.place(Change::Tidy)?;
         } else if self.dataplane.is_untidy() {
-            self.apply(Change::Tidy)?;
+            self.apply(Change::Tidy).inspect_err(|_| self.is_behind = true)?;
         }
         Ok(())
     }
@@ -447,7 +545,7 @@ impl Enforcement {
         let mut cgroups = vec![Vec::new(); scopes.len()];
         for node in self.hierarchy.nodes() {
             if let Some(&Placement { own: Seat::Scope(index), .. }) = placements.get(&node.id) {
-                cgroups[index].push(format!("/{}", node.path));
+                cgroups[index].push(cgroup::shown(&Path::new("/").join(&node.path)));
             }
         }
         let mut users = vec![BTreeSet::new(); scopes.len()];
@@ -482,7 +580,7 @@ fn top_most<'a>(sorted: &[&'a Node], layout: &Layout, matters: impl Fn(&Ruleset)
     let mut paths: HashSet<&Path> = HashSet::new();
     let mut found = Vec::new();
     for &node in sorted {
-        let path = Path::new(&node.path);
+        let path = node.path.as_path();
         let matters = layout.placements.get(&node.id).is_some_and(|at| matters_at(at.own) || matters_at(at.below));
         if matters && !path.ancestors().any(|above| paths.contains(above)) {
             paths.insert(path);

@@ -204,9 +204,9 @@ impl Enricher {
                     _ => asked.or_else(|| self.hosts.get(address)),
                 },
             }),
-            unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
+            unit: path.as_deref().and_then(cgroup::unit).map(|unit| lossy(unit.as_ref())),
             container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
-            pod: path.as_deref().and_then(Path::to_str).and_then(|path| self.pods.describe(path)),
+            pod: path.as_deref().and_then(|path| self.pods.describe(path)),
             process: describe(&process, event.time(), self.sees_all),
             cgroup: Cgroup { id: process.cgroup_id, path: path.as_deref().map(lossy) },
         })

@@ -34,7 +34,7 @@ use crate::{
     report::{Reporter, Sink},
     resolver::{self, Resolver},
     run::{RunError, chain, kernel_log, system},
-    scopes::{UnknownWorkloads, workload},
+    scopes::UnknownWorkloads,
     source::{Policy, Source, SourceOptions},
     workload::{UserIdentity, Workload},
 };
@@ -362,7 +362,7 @@ impl Behind<'_> {
 /// The command as policies see it.
 fn described(cgroup: &Path, command: &Command<'_>) -> Workload {
     let user = UserIdentity { uid: Some(command.uid()), name: command.user.and_then(|user| user.name.clone()) };
-    Workload { user: Some(user), ..workload(&cgroup::below(cgroup).to_string_lossy()) }
+    Workload { user: Some(user), ..Workload::of_cgroup(cgroup::below(cgroup)) }
 }
 
 fn report_lost(dataplane: &Dataplane) {

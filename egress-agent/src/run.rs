@@ -251,7 +251,7 @@ async fn connect(args: &RunArgs, may_terminate: bool) -> Result<Cluster, RunErro
         entries_from: named(service_entries_from),
         all_namespaces: *all_namespaces,
         exempt: named(exempt_namespaces),
-        top: top.path.to_string_lossy().into_owned(),
+        top: top.path,
         may_terminate,
     })?;
     let mut tell = interval_at(Instant::now() + TELL, TELL);

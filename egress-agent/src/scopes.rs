@@ -7,13 +7,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use sha2::{Digest, Sha256};
 
 use crate::{
-    cgroup,
     compile::{CompileError, Context, NodeAction, compile},
     existing,
     pods::{self, Pods},
@@ -39,14 +39,14 @@ pub enum UnknownWorkloads {
 pub struct Node {
     /// Its id in the kernel.
     pub id: u64,
-    /// Path below the cgroup2 mount, without a leading slash; empty is the root.
-    pub path: String,
+    /// Path below the cgroup2 mount, without a leading slash; empty is the root. Its names are any bytes.
+    pub path: PathBuf,
 }
 
 impl Node {
     /// Its level in the hierarchy; the root is level 0.
     pub fn level(&self) -> usize {
-        self.path.split('/').filter(|name| !name.is_empty()).count()
+        self.path.iter().count()
     }
 }
 
@@ -161,8 +161,13 @@ impl Selector {
         &self.pods
     }
 
+    /// What becomes of cgroups that are not placed.
+    pub const fn unknown(&self) -> UnknownWorkloads {
+        self.unknown
+    }
+
     /// Whether cgroups directly below a path are to be placed.
-    pub fn looks_below(&self, path: &str) -> bool {
+    pub fn looks_below(&self, path: &Path) -> bool {
         matches!(self.pods.place(path), pods::Place::Parent)
             || self.policies.egress_policies.iter().any(|policy| selects_only_below(policy, path))
             || select_only_below(&self.context.shared_resolvers, path)
@@ -201,13 +206,13 @@ impl Selector {
 
     /// `None` for what belongs to a pod that is not known: it is judged as what stands below its parent.
     fn place(&mut self, node: &Node) -> Result<Option<Placement>, CompileError> {
-        let mut workload = workload(&node.path);
+        let mut workload = Workload::of_cgroup(&node.path);
         match self.pods.place(&node.path) {
             pods::Place::Pod(member) => workload.pod = Some(member.pod.clone()),
             pods::Place::Unknown => return Ok(None),
             pods::Place::Parent | pods::Place::Elsewhere => {}
         }
-        let (own, below) = if node.path.is_empty() {
+        let (own, below) = if node.path.as_os_str().is_empty() {
             let own = if self.policies.egress_policies.iter().any(names_root) {
                 Seat::Scope(self.scope(&workload, Kind::Cgroup)?)
             } else {
@@ -223,7 +228,7 @@ impl Selector {
     }
 
     /// Only what enforces can make a difference to a verdict. Any policy that does may be for a pod that comes.
-    fn refuses_below(&self, path: &str) -> bool {
+    fn refuses_below(&self, path: &Path) -> bool {
         if self.unknown == UnknownWorkloads::Inherit {
             return false;
         }
@@ -298,12 +303,6 @@ fn places(ruleset: &Ruleset) -> u64 {
     hasher.finish()
 }
 
-/// A cgroup as policies see it. The root is described by its empty path.
-pub(crate) fn workload(path: &str) -> Workload {
-    let unit = cgroup::unit(path.as_ref()).map(str::to_owned);
-    Workload { cgroup: Some(path.to_owned()), unit, ..Workload::default() }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -329,7 +328,7 @@ mod tests {
 
     /// Cgroups of these paths, whose ids are 1 and up.
     fn nodes(paths: &[&str]) -> Vec<Node> {
-        let node = |(id, path): (u64, &&str)| Node { id, path: (*path).to_owned() };
+        let node = |(id, path): (u64, &&str)| Node { id, path: path.into() };
         (1..).zip(paths).map(node).collect()
     }
 
