@@ -240,7 +240,9 @@ pub(crate) fn found_below(top: &Path) -> impl Iterator<Item = Found> {
     std::iter::from_fn(move || {
         loop {
             let (directory, parent) = todo.pop()?;
-            let Ok(id) = reach(&directory).and_then(|path| fs::metadata(&*path)).map(|meta| meta.ino()) else { continue };
+            let Ok(id) = reach(&directory).and_then(|path| fs::metadata(&*path)).map(|meta| meta.ino()) else {
+                continue;
+            };
             todo.extend(children(&directory).into_iter().flatten().map(|name| (directory.join(name), Some(id))));
             return Some(Found { directory, id, parent });
         }
@@ -429,7 +431,8 @@ mod tests {
 
     #[test]
     fn a_unit_is_the_first_that_is_no_slice() {
-        let check = |path: &str, expected: Option<&str>| assert_eq!(unit(Path::new(path)), expected.map(OsStr::new), "{path}");
+        let check =
+            |path: &str, expected: Option<&str>| assert_eq!(unit(Path::new(path)), expected.map(OsStr::new), "{path}");
         check("/system.slice/nginx.service/worker", Some("nginx.service"));
         check("/system.slice/nginx.service/sshd.service", Some("nginx.service"));
         check("/user.slice/user-1000.slice/user@1000.service/app.slice/foo.service", Some("user@1000.service"));

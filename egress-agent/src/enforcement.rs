@@ -14,6 +14,7 @@ use crate::{
     dataplane::{Applied, Change, Dataplane, DataplaneError, Spot},
     existing::{Sweep, may_enter},
     hierarchy::{Changed, Hierarchy},
+    memory::Heap,
     netns::PodNamespaces,
     pods::{Place, Pods},
     policy::load::Watched,
@@ -63,6 +64,7 @@ pub(crate) struct Enforcement {
     vigil: Option<Vigil>,
     /// Hooks that are not where the policies need them, each with what is wrong.
     unattached: BTreeMap<Spot, String>,
+    heap: Heap,
 }
 
 /// A hook that could not be attached to a cgroup that is there.
@@ -150,6 +152,7 @@ impl Enforcement {
         let mut enforcement = Self {
             vigil,
             unattached: BTreeMap::new(),
+            heap: Heap::default(),
             namespaces: may_enter().then(PodNamespaces::default),
             unlearnt,
             sweeping: Sweeping::Done,
@@ -228,6 +231,7 @@ impl Enforcement {
     pub(crate) fn adopt(&mut self, mut selector: Selector) -> Result<Applied, RunError> {
         let pods = self.with_gone(selector.pods().clone());
         selector.set_pods(pods);
+        selector.inherit(&self.selector);
         let before = std::mem::replace(&mut self.selector, selector);
         let applied = self.place(Change::Policy);
         if applied.is_err() {
@@ -276,10 +280,11 @@ impl Enforcement {
     /// Removes what the last change left behind.
     pub(crate) fn clean(&mut self) {
         self.dataplane.clean();
+        self.heap.give_back();
     }
 
     fn look(&mut self) -> Result<(), RunError> {
-        let (selector, before) = (&self.selector, self.hierarchy.too_deep().len());
+        let (selector, before) = (&mut self.selector, self.hierarchy.too_deep().len());
         self.hierarchy.look(&mut |path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))?;
         self.warn_of_too_deep(before);
         Ok(())
@@ -302,7 +307,7 @@ impl Enforcement {
     fn apply(&mut self, change: Change) -> Result<Applied, RunError> {
         let nodes = self.hierarchy.nodes();
         let mut layout = self.selector.layout(&nodes, self.agent.as_ref().map(|agent| agent.id))?;
-        let wanted = self.where_it_matters(&nodes, &layout);
+        let wanted = where_it_matters(&nodes, &layout);
         // Who listens before there is something to learn misses nothing, and a question is judged from the first on by a policy that
         // wants it. But before there is any policy, each would be refused.
         let is_early = |spot: &Spot| self.is_attached || spot.hook == Hook::Ingress;
@@ -314,6 +319,7 @@ impl Enforcement {
             return Err(failed.error);
         }
         self.layout = layout;
+        self.heap.holds(applied.prefixes);
         self.detach_elsewhere(&wanted.keys().copied().collect());
         Ok(applied)
     }
@@ -349,22 +355,6 @@ impl Enforcement {
             self.unattached.insert(failed.spot, told);
         }
         Ok(())
-    }
-
-    /// The hooks that few cgroups need, with those that do and where these are. What is below one of them has them, too.
-    fn where_it_matters(&self, nodes: &[Node], layout: &Layout) -> BTreeMap<Spot, PathBuf> {
-        let mut sorted: Vec<&Node> = nodes.iter().collect();
-        sorted.sort_by_key(|node| node.level());
-        let names_matter = layout.scopes.iter().any(|scope| scope.ruleset.has_names());
-        let learns = |rules: &Ruleset| rules.has_names() || (names_matter && rules.serves_dns());
-        let mut wanted = BTreeMap::new();
-        for node in top_most(&sorted, layout, learns) {
-            wanted.insert(Spot { hook: Hook::Ingress, cgroup: node.id }, node.path.clone());
-        }
-        for node in top_most(&sorted, layout, Ruleset::judges_queries) {
-            wanted.insert(Spot { hook: Hook::Query, cgroup: node.id }, node.path.clone());
-        }
-        wanted
     }
 
     /// Attaches hooks where they are not yet, and tells of those that are needed and cannot be.
@@ -422,7 +412,7 @@ impl Enforcement {
 
     /// Places cgroups that came.
     fn follow_cgroups(&mut self, changed: Changed) {
-        let (selector, before) = (&self.selector, self.hierarchy.too_deep().len());
+        let (selector, before) = (&mut self.selector, self.hierarchy.too_deep().len());
         let updated = self.hierarchy.update(changed, &mut |path| selector.looks_below(path));
         self.warn_of_too_deep(before);
         if let Err(error) = updated.map_err(system(CANNOT_WATCH)).and_then(|()| self.apply(Change::Cgroups)) {
@@ -564,6 +554,22 @@ impl Enforcement {
             })
             .collect()
     }
+}
+
+/// The hooks that few cgroups need, with those that do and where these are. What is below one of them has them, too.
+fn where_it_matters(nodes: &[Node], layout: &Layout) -> BTreeMap<Spot, PathBuf> {
+    let mut sorted: Vec<&Node> = nodes.iter().collect();
+    sorted.sort_by_key(|node| node.level());
+    let names_matter = layout.scopes.iter().any(|scope| scope.ruleset.has_names());
+    let learns = |rules: &Ruleset| rules.has_names() || (names_matter && rules.serves_dns());
+    let mut wanted = BTreeMap::new();
+    for node in top_most(&sorted, layout, learns) {
+        wanted.insert(Spot { hook: Hook::Ingress, cgroup: node.id }, node.path.clone());
+    }
+    for node in top_most(&sorted, layout, Ruleset::judges_queries) {
+        wanted.insert(Spot { hook: Hook::Query, cgroup: node.id }, node.path.clone());
+    }
+    wanted
 }
 
 /// The nodes whose rules, or those of users in them, are of a kind, and that have none above them. `sorted` has each node after those

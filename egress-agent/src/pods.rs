@@ -345,7 +345,7 @@ mod tests {
         let (before, path) = (pods("/"), format!("kubepods/pod{UID}"));
         let kept = |paths: &[&str]| {
             let mut pods = Pods::below("/".as_ref()).with([], false);
-            pods.keep(&before, paths.iter().map(|path| path.as_ref()));
+            pods.keep(&before, paths.iter().map(AsRef::as_ref));
             name_at(&pods, &path)
         };
         assert_eq!(kept(&[&path, "kubepods", "kubepods/pod123"]), "ratings");

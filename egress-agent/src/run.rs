@@ -33,6 +33,7 @@ use crate::{
     exec,
     existing::{self, ExistingError},
     kubernetes::{self, Cluster, ClusterError, Rejection, Revisions},
+    memory,
     pins::{PinDirectory, PinError},
     pods::{PodNames, ROOTS},
     policy::load::{LoadError, LoadOptions},
@@ -162,6 +163,7 @@ const RELOAD_WAIT: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
+    memory::share_one_heap();
     let mut source = Source::new(options(args))?;
     let mut possible = None;
     if args.cluster.kubernetes {

@@ -251,7 +251,7 @@ impl Status {
 
     fn read_attached(&mut self, set: &Path) {
         let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
-        let mut path_of = |id| paths.as_mut().map(|paths| paths.path(id, None).map(|path| cgroup::shown(path)));
+        let mut path_of = |id| paths.as_mut().map(|paths| paths.path(id, None).map(cgroup::shown));
         // A cgroup that was removed keeps its programs until the last socket made in it is closed.
         let attached: Vec<(Hook, String)> = pinned::attached(set)
             .into_iter()
@@ -303,8 +303,7 @@ impl Status {
             }
         }
         let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
-        let mut path =
-            |id| paths.as_mut().and_then(|paths| paths.path(id, None)).map(|path| cgroup::shown(path));
+        let mut path = |id| paths.as_mut().and_then(|paths| paths.path(id, None)).map(cgroup::shown);
         let workloads = pinned::learners(set)?.into_iter();
         let workloads = workloads.map(|(id, addresses)| {
             let cgroup = if id == SHARED { "shared".to_owned() } else { path(id).unwrap_or(id.to_string()) };

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::OsString,
-    os::unix::ffi::OsStrExt as _,
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
@@ -104,8 +104,8 @@ fn matches(selector: &Selector, workload: &Workload) -> bool {
 }
 
 /// The unit of a workload and the slices that it is in.
-fn units(workload: &Workload) -> impl Iterator<Item = &[u8]> {
-    let unit = workload.unit.as_deref().map(|unit| unit.as_bytes());
+pub(crate) fn units(workload: &Workload) -> impl Iterator<Item = &[u8]> {
+    let unit = workload.unit.as_deref().map(OsStrExt::as_bytes);
     unit.into_iter().chain(workload.cgroup.as_deref().into_iter().flat_map(slices))
 }
 
@@ -114,12 +114,12 @@ fn slices(path: &Path) -> impl Iterator<Item = &[u8]> {
     names(path).take_while(|name| is_slice(name))
 }
 
-fn is_slice(name: &[u8]) -> bool {
+pub(crate) fn is_slice(name: &[u8]) -> bool {
     name.ends_with(b".slice")
 }
 
 /// The names that a path is made of, as the kernel has them: any bytes.
-fn names(path: &Path) -> impl Iterator<Item = &[u8]> {
+pub(crate) fn names(path: &Path) -> impl Iterator<Item = &[u8]> {
     path.as_os_str().as_bytes().split(|&byte| byte == b'/').filter(|name| !name.is_empty())
 }
 
@@ -148,7 +148,7 @@ fn reaches_below(selector: &Selector, path: &Path) -> bool {
 }
 
 /// Whether a longer path than `path` can match the pattern: the places in the pattern that are reached after `path`.
-fn cgroup_may_match_below(pattern: &str, path: &Path) -> bool {
+pub(crate) fn cgroup_may_match_below(pattern: &str, path: &Path) -> bool {
     let pattern = pattern.trim_matches('/');
     if pattern.is_empty() {
         return false;
@@ -191,7 +191,7 @@ pub fn selected_users(policies: &PolicySet) -> impl Iterator<Item = &User> {
 
 /// A pattern covers what it matches and everything below. `/` is the root cgroup alone. `*` and `?` stay within one
 /// component of the path; `**` stands for any number of components.
-fn cgroup_matches(pattern: &str, path: &Path) -> bool {
+pub(crate) fn cgroup_matches(pattern: &str, path: &Path) -> bool {
     let (pattern, path) = (pattern.trim_matches('/'), names(path).collect::<Vec<_>>());
     if pattern.is_empty() {
         return path.is_empty();
@@ -204,7 +204,7 @@ fn cgroup_matches(pattern: &str, path: &Path) -> bool {
 }
 
 /// A glob over one name: `*` for any bytes, `?` for one character, or one byte that is part of none.
-fn glob(pattern: &str, name: &[u8]) -> bool {
+pub(crate) fn glob(pattern: &str, name: &[u8]) -> bool {
     if name.is_ascii() || !pattern.contains('?') {
         return wildcard(pattern.as_bytes(), name, |&part| part == b'*', |&part, &c| part == b'?' || part == c);
     }
@@ -269,7 +269,7 @@ fn meets(labels: &BTreeMap<String, String>, requirement: &LabelRequirement) -> b
     }
 }
 
-fn user_matches(user: &User, identity: &UserIdentity) -> bool {
+pub(crate) fn user_matches(user: &User, identity: &UserIdentity) -> bool {
     match user {
         User::Uid(uid) => identity.uid == Some(*uid),
         User::Name(name) => identity.name.as_ref() == Some(name),

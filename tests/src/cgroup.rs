@@ -1,6 +1,7 @@
 //! Cgroups for tests.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -35,9 +36,10 @@ impl Cgroup {
         Ok(Self { path, below })
     }
 
-    /// Makes one below this one.
-    pub fn child(&self, name: &str) -> Result<Self> {
-        let (path, below) = (self.path.join(name), format!("{}/{name}", self.below));
+    /// Makes one below this one; its name may be any bytes.
+    pub fn child(&self, name: impl AsRef<OsStr>) -> Result<Self> {
+        let name = name.as_ref();
+        let (path, below) = (self.path.join(name), format!("{}/{}", self.below, name.to_string_lossy()));
         fs::create_dir(&path).with_context(|| format!("cannot create cgroup {}", path.display()))?;
         Ok(Self { path, below })
     }

@@ -534,7 +534,8 @@ mod tests {
     fn a_pod_is_known_once_its_namespace_is() {
         let mut store = Store::new(Settings::example());
         store.apply_pod(&pod("new"));
-        let is_known = |store: &Store| matches!(store.snapshot().pods.place("kubepods/podnew-uid".as_ref()), Place::Pod(_));
+        let is_known =
+            |store: &Store| matches!(store.snapshot().pods.place("kubepods/podnew-uid".as_ref()), Place::Pod(_));
         assert!(!is_known(&store));
         let before = store.revisions().pods;
         store.apply_namespace(&namespace("new", None));
