@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     io,
     path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -51,6 +52,8 @@ pub(crate) struct Enforcement {
     selector: Selector,
     /// What is in force.
     layout: Layout,
+    /// The same for `status`, made when somebody asks.
+    told: OnceLock<Arc<[status::Scope]>>,
     pub(crate) dataplane: Dataplane,
     sweeping: Sweeping,
     /// When what was learnt of names was swept last.
@@ -141,6 +144,7 @@ impl Enforcement {
             agent,
             selector,
             layout: Layout::default(),
+            told: OnceLock::new(),
             dataplane,
         };
         let applied = enforcement.place(Change::Policy)?;
@@ -264,6 +268,7 @@ impl Enforcement {
         let applied = self.dataplane.apply(&layout, change)?;
         self.attach_spots(&late)?;
         self.layout = layout;
+        self.told = OnceLock::new();
         self.detach_elsewhere(&wanted.keys().copied().collect());
         Ok(applied)
     }
@@ -442,7 +447,11 @@ impl Enforcement {
     }
 
     /// The scopes in force, for `status`.
-    pub(crate) fn scopes(&self) -> Vec<status::Scope> {
+    pub(crate) fn scopes(&self) -> Arc<[status::Scope]> {
+        Arc::clone(self.told.get_or_init(|| self.tell_scopes()))
+    }
+
+    fn tell_scopes(&self) -> Arc<[status::Scope]> {
         let Layout { scopes, placements, .. } = &self.layout;
         let mut cgroups = vec![Vec::new(); scopes.len()];
         for node in self.hierarchy.nodes() {

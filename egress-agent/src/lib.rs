@@ -3,6 +3,7 @@
 //! Text becomes a [`policy::PolicySet`], that a [`ruleset::Ruleset`], and that the contents of kernel maps: one type
 //! for each step. Only [`dataplane`] makes bpf calls; only the binary prints, exits and reads the environment.
 
+mod board;
 pub mod cgroup;
 pub mod check;
 pub mod cli;
@@ -18,6 +19,7 @@ mod hierarchy;
 pub mod kubernetes;
 mod mounts;
 mod netns;
+pub mod notify;
 pub mod pins;
 pub mod pods;
 pub mod policy;
@@ -34,6 +36,7 @@ pub mod sock_diag;
 pub mod socket_matching;
 mod source;
 pub mod status;
+pub mod stop;
 pub mod users;
 mod watch;
 pub mod workload;

@@ -19,6 +19,7 @@ use egress_agent::{
         Explainer,
         ask::{self, Target, Who, flows},
     },
+    notify::Notifier,
     pins::{self, PinError},
     policy::{
         diagnostic::{Color, Severity, render},
@@ -28,6 +29,7 @@ use egress_agent::{
     run::{self, Reloaded, chain},
     settings,
     status::Status,
+    stop,
     users::{PASSWD, Users},
 };
 use tracing_subscriber::{
@@ -220,6 +222,9 @@ fn who(args: &ExplainArgs) -> Who {
 }
 
 fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
+    if let Err(error) = stop::expect() {
+        tracing::warn!(%error, "signals end the agent only where it expects them");
+    }
     privileges::prepare();
     // The only thing that needs more than is kept. Whether it is mounted is seen when it is used.
     pins::mount_bpffs(&args.pin_dir);
@@ -227,7 +232,7 @@ fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
     // Whether connections are to be ended is known when the policy is read.
     privileges::keep_only(privileges::START | privileges::TERMINATE | run::files(args));
     let Some(runtime) = runtime() else { return ExitCode::from(4) };
-    let result = runtime.block_on(run::run(args, log, OBJECT));
+    let result = runtime.block_on(run::run(args, log, OBJECT, Notifier::new(std::env::var_os("NOTIFY_SOCKET"))));
     // A policy that is still being compiled when the agent is asked to stop is not waited for.
     runtime.shutdown_background();
     match result {

@@ -7,12 +7,12 @@ use std::{
     io::{self, IsTerminal},
     path::{Path, PathBuf},
     pin::pin,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use egress_common::Lifetime;
 use rustix::system::uname;
-use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::{
@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use crate::{
+    board::Board,
     cgroup::{self, Cgroup, CgroupError, CgroupPaths},
     cli::{ClusterArgs, EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
     compile::{CompileError, Names, NodeAction, NodeDefault},
@@ -33,6 +34,7 @@ use crate::{
     exec,
     existing::{self, ExistingError},
     kubernetes::{self, Cluster, ClusterError, Rejection, Revisions},
+    notify::Notifier,
     pins::{PinDirectory, PinError},
     pods::{PodNames, ROOTS},
     policy::load::{LoadError, LoadOptions},
@@ -42,6 +44,7 @@ use crate::{
     socket_matching,
     source::{Policy, Source, SourceOptions},
     status::{self, FromAgent, Wildcard},
+    stop,
     workload::names_root,
 };
 
@@ -160,14 +163,17 @@ const RETRY: Duration = Duration::from_secs(5);
 /// How long a reload waits for the addresses of new names; what comes later is put in force when it comes.
 const RELOAD_WAIT: Duration = Duration::from_secs(1);
 
-/// Runs until SIGTERM or SIGINT.
-pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
+/// The exit status where an end that was asked for took too long, and the rules were to end with the agent.
+const NOT_DETACHED: u8 = 4;
+
+/// Runs until SIGTERM or SIGINT, which [`stop::expect`] must have been called for.
+pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8], mut notifier: Notifier) -> Result<(), RunError> {
     let mut source = Source::new(options(args))?;
     let mut possible = None;
     if args.cluster.kubernetes {
         dataplane::probe()?;
         let capabilities = *possible.insert(existing::possible());
-        source.cluster = Some(connect(args, !capabilities.is_empty()).await?);
+        source.cluster = Some(connect(args, !capabilities.is_empty(), &mut notifier).await?);
     }
     let policy = source.read()?;
     dataplane::probe()?;
@@ -192,6 +198,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let (mut enforcement, applied) = Enforcement::new(target, dataplane, selector)?;
     // Before there is something to undo, a signal simply ends the process.
     let mut signals = Signals::new()?;
+    stop::in_good_order(if args.detach_on_exit { NOT_DETACHED } else { 0 });
     enforcement.expect_matching()?;
     enforcement.attach()?;
     enforcement.dataplane.commit()?;
@@ -204,13 +211,15 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
     let enricher = enricher.with_pods(pods.clone()).with_asked(enforcement.dataplane.asked_names()?);
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
-    // Whoever waits for the start may ask at once.
-    let control = listen(args);
-    announce(&applied, &policy, &enforcement.cgroup.path);
     let (last_error, is_being_written, started) = (None, false, SystemTime::now());
     let rules = applied.rules;
     let state = State { source, enforcement, policy, hosts, pods, rules, last_error, is_being_written, started };
-    let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;
+    // Whoever waits for the start may ask at once.
+    let board = Arc::new(Board::new(state.tell(&resolver)));
+    let control = listen(args, &board);
+    announce(&applied, &state, &mut notifier);
+    let outlets = Outlets { notifier, board, watchdog: Watchdog::new() };
+    let enforcement = Box::pin(follow(state, resolver, control, outlets, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
         if let Some(enforcement) = enforcement {
@@ -239,7 +248,7 @@ fn filtered(args: &RunArgs, mount: &Path) -> Result<PathBuf, RunError> {
 const TELL: Duration = Duration::from_secs(10);
 
 /// Waits until everything there is in the cluster has been listed: before, what was in force stays.
-async fn connect(args: &RunArgs, may_terminate: bool) -> Result<Cluster, RunError> {
+async fn connect(args: &RunArgs, may_terminate: bool, notifier: &mut Notifier) -> Result<Cluster, RunError> {
     let mount = cgroup::mount_point()?;
     let top = Cgroup::open(&filtered(args, &mount)?, &mount)?;
     let ClusterArgs { node_name, root_namespace, service_entries_from, all_namespaces, exempt_namespaces, .. } =
@@ -262,7 +271,7 @@ async fn connect(args: &RunArgs, may_terminate: bool) -> Result<Cluster, RunErro
                 let missing = cluster.report().missing();
                 tracing::warn!(%missing, "waiting for the Kubernetes API; until then, what was in force stays");
                 // systemd waits longer, as long as this is said again in time.
-                notify(&[NotifyState::Status("waiting for the Kubernetes API"), NotifyState::ExtendTimeoutUsec(30_000_000)]);
+                notifier.extend("waiting for the Kubernetes API");
             }
         }
     }
@@ -386,23 +395,17 @@ fn start_reports(
 }
 
 /// Tells whoever waits: the log, and systemd.
-fn announce(applied: &Applied, policy: &Policy, cgroup: &Path) {
+fn announce(applied: &Applied, state: &State, notifier: &mut Notifier) {
     let Applied { generation, scopes, rules, prefixes, segments, .. } = *applied;
-    let (documents, cgroup) = (policy.documents, cgroup.display());
+    let (documents, cgroup) = (state.policy.documents, state.enforcement.cgroup.path.display());
     tracing::info!(generation, documents, rules, scopes, prefixes, segments, %cgroup, "policy applied");
-    notify(&[NotifyState::Ready, NotifyState::Status(&format!("generation {generation}"))]);
-}
-
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "cannot notify the service manager");
-    }
+    notifier.ready(&format!("generation {generation}"));
 }
 
 /// Without a control socket all is enforced the same; `status` reads the pins, and SIGHUP reloads.
-fn listen(args: &RunArgs) -> Option<Control> {
+fn listen(args: &RunArgs, board: &Arc<Board>) -> Option<Control> {
     let path = control::socket(&args.run_dir, &args.pin_dir);
-    let listening = Control::listen(path.clone());
+    let listening = Control::listen(path.clone(), Arc::clone(board));
     if let Err(error) = &listening {
         tracing::warn!(%error, path = %path.display(), "no control socket: `status` tells less, and `reload` does not reach");
     }
@@ -425,15 +428,31 @@ struct State {
     started: SystemTime,
 }
 
+/// Where the loop says how it is.
+struct Outlets {
+    notifier: Notifier,
+    board: Arc<Board>,
+    watchdog: Watchdog,
+}
+
+impl Outlets {
+    /// Says how everything is now.
+    fn post(&self, state: &State, resolver: &Resolver) {
+        let mut told = state.tell(resolver);
+        told.degraded.extend(self.notifier.degraded());
+        self.board.post(told);
+    }
+}
+
 /// Follows the files and the cgroups until a signal ends it. `None` if it ended while a policy was being put in force.
 async fn follow(
     mut state: State,
     mut resolver: Resolver,
     mut control: Option<Control>,
+    mut outlets: Outlets,
     signals: &mut Signals,
 ) -> Result<Option<Enforcement>, RunError> {
     let (mut due, mut objects_due, mut took) = (None, None, Duration::ZERO);
-    let mut watchdog = Watchdog::new();
     let mut pulse = interval(LOOK_AFTER);
     let mut lost = 0;
     let mut waiting: Vec<oneshot::Sender<String>> = Vec::new();
@@ -454,10 +473,12 @@ async fn follow(
                 }
             }
             () = resolver.changed() => again = Some(Again::Names),
-            () = watchdog.tick() => {}
+            () = outlets.watchdog.tick() => outlets.notifier.alive(),
             _ = pulse.tick() => {
                 state.enforcement.look_after();
                 state.report_lost(&mut lost);
+                outlets.notifier.retry();
+                outlets.post(&state, &resolver);
             }
             noticed = state.enforcement.changed() => {
                 let noticed = noticed.map_err(system("cannot watch cgroups"))?;
@@ -469,7 +490,11 @@ async fn follow(
                 due = Some(due.map_or(soon, |due: Instant| due.min(soon)));
             }
             Asked { request, answer } = next(&mut control) => match request {
-                Request::Status => drop(answer.send(state.tell(&resolver))),
+                Request::Status => {
+                    outlets.post(&state, &resolver);
+                    // Whoever asked may have taken what was posted before.
+                    let _ = answer.send(String::new());
+                }
                 Request::Reload => {
                     waiting.push(answer);
                     again = Some(Again::Files);
@@ -478,10 +503,15 @@ async fn follow(
         }
         if let Some(again) = again {
             let begun = Instant::now();
+            outlets.board.begin();
+            outlets.notifier.reloading();
             let apply = Box::pin(apply_again(again, state, &mut resolver));
-            let Some(applied) = undisturbed(apply, &mut watchdog, signals).await else { return Ok(None) };
-            let (returned, retry) = applied?;
+            let Some(applied) = undisturbed(apply, &mut outlets, signals).await else { return Ok(None) };
+            let (returned, result) = applied?;
             state = returned;
+            let retry = state.conclude(&result, &mut outlets.notifier);
+            outlets.post(&state, &resolver);
+            outlets.board.end();
             due = retry.map_or(due.filter(|_| again != Again::Files), |delay| Some(Instant::now() + delay));
             objects_due = objects_due.filter(|_| again == Again::Names);
             took = begun.elapsed();
@@ -521,28 +551,30 @@ enum Again {
 }
 
 /// Works while the watchdog and the signals are answered. `None` if the agent is asked to stop.
-async fn undisturbed<T>(work: impl Future<Output = T>, watchdog: &mut Watchdog, signals: &mut Signals) -> Option<T> {
+async fn undisturbed<T>(work: impl Future<Output = T>, outlets: &mut Outlets, signals: &mut Signals) -> Option<T> {
     let mut work = pin!(work);
+    let mut pulse = interval(LOOK_AFTER);
     loop {
         tokio::select! {
             _ = signals.terminate.recv() => return None,
             _ = signals.interrupt.recv() => return None,
-            () = watchdog.tick() => {}
+            () = outlets.watchdog.tick() => outlets.notifier.alive(),
+            _ = pulse.tick() => {
+                outlets.notifier.retry();
+                outlets.board.stamp();
+            }
             done = &mut work => return Some(done),
         }
     }
 }
 
 /// Looks again and puts in force what says something else; the work is done on threads of its own, since a large policy
-/// takes its time. An error leaves what was in force, and is tried again after the time that is returned.
+/// takes its time. An error leaves what was in force.
 async fn apply_again(
     again: Again,
     state: State,
     resolver: &mut Resolver,
-) -> Result<(State, Option<Duration>), RunError> {
-    if let Ok(now) = NotifyState::monotonic_usec_now() {
-        notify(&[NotifyState::Reloading, now]);
-    }
+) -> Result<(State, Result<(), RunError>), RunError> {
     let (state, policy) = match again {
         Again::Files => on_a_thread(state, |state| state.source.read()).await?,
         Again::Objects => on_a_thread(state, |state| Ok(state.source.merged())).await?,
@@ -569,8 +601,7 @@ async fn apply_again(
     if again == Again::Files && result.is_ok() {
         state.last_error = None;
     }
-    let retry = state.conclude(&result);
-    Ok((state, retry))
+    Ok((state, result))
 }
 
 /// Works on a thread where it may take its time.
@@ -614,7 +645,7 @@ impl State {
     }
 
     /// Tells how it went, and when it is to be tried again.
-    fn conclude(&mut self, result: &Result<(), RunError>) -> Option<Duration> {
+    fn conclude(&mut self, result: &Result<(), RunError>, notifier: &mut Notifier) -> Option<Duration> {
         self.is_being_written = matches!(result, Err(RunError::Load(LoadError::BeingWritten { .. })));
         let generation = self.enforcement.dataplane.meta().generation();
         let (status, retry) = match result {
@@ -631,14 +662,14 @@ impl State {
                 (status, Some(RETRY))
             }
         };
-        notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+        notifier.ready(&status);
         retry
     }
 
-    /// The answer to [`Request::Status`].
-    fn tell(&self, resolver: &Resolver) -> String {
+    /// What `status` is to tell.
+    fn tell(&self, resolver: &Resolver) -> FromAgent {
         let wildcards = self.policy.wildcards.iter().cloned().map(|(host, document)| Wildcard { host, document });
-        let told = FromAgent {
+        FromAgent {
             since: status::time(self.started),
             documents: self.policy.documents,
             rules: self.rules,
@@ -647,10 +678,11 @@ impl State {
             attached: self.enforcement.is_attached(),
             pinned: self.enforcement.is_pinned(),
             scopes: self.enforcement.scopes(),
+            changing_since: None,
+            silent: None,
             names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report(), learnt: None },
             kubernetes: self.source.cluster.as_ref().map(|cluster| self.tell_cluster(cluster)),
-        };
-        serde_json::to_string(&told).unwrap_or_default()
+        }
     }
 
     fn tell_cluster(&self, cluster: &Cluster) -> kubernetes::Report {
@@ -731,7 +763,7 @@ impl Signals {
     }
 }
 
-/// Tells systemd that the agent is alive, twice as often as it asks (`sd_watchdog_enabled(3)`).
+/// When systemd is to be told that the agent is alive: twice as often as it asks (`sd_watchdog_enabled(3)`).
 struct Watchdog(Option<Interval>);
 
 impl Watchdog {
@@ -741,10 +773,7 @@ impl Watchdog {
 
     async fn tick(&mut self) {
         match &mut self.0 {
-            Some(interval) => {
-                interval.tick().await;
-                notify(&[NotifyState::Watchdog]);
-            }
+            Some(interval) => drop(interval.tick().await),
             None => std::future::pending().await,
         }
     }

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -48,7 +49,7 @@ pub struct Status {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<Policy>,
     /// Distinct sets of policies; known by the agent alone.
-    pub scopes: Vec<Scope>,
+    pub scopes: Arc<[Scope]>,
     /// What the maps take.
     pub maps: Vec<MapUse>,
     /// What was answered since the programs were loaded.
@@ -58,6 +59,9 @@ pub struct Status {
     /// The Kubernetes API, where it is a source; known by the agent alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kubernetes: Option<kubernetes::Report>,
+    /// The agent answers, and follows nothing.
+    #[serde(skip)]
+    is_stuck: bool,
 }
 
 /// The agent.
@@ -104,6 +108,9 @@ pub struct Policy {
     pub rules: Option<usize>,
     /// Why the policy that was read last is not in force.
     pub last_error: Option<String>,
+    /// Since when a change is being put in force, if one is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub changing_since: Option<String>,
 }
 
 /// One distinct set of policies.
@@ -198,12 +205,18 @@ pub struct FromAgent {
     /// Whether what is in force outlives the agent.
     pub pinned: bool,
     /// Distinct sets of policies.
-    pub scopes: Vec<Scope>,
+    pub scopes: Arc<[Scope]>,
     /// Names of the policies.
     pub names: Names,
     /// The Kubernetes API, where it is a source.
     #[serde(default)]
     pub kubernetes: Option<kubernetes::Report>,
+    /// Since when a change is being put in force, if one is.
+    #[serde(default)]
+    pub changing_since: Option<String>,
+    /// For how many seconds it has followed nothing, if that is too long.
+    #[serde(default)]
+    pub silent: Option<u64>,
 }
 
 impl Status {
@@ -235,11 +248,12 @@ impl Status {
             agent: Agent { running, abi: ABI_VERSION, ..Agent::default() },
             attached: Vec::new(),
             policy: None,
-            scopes: Vec::new(),
+            scopes: Arc::default(),
             maps: Vec::new(),
             counters: Counters::default(),
             names: Names::default(),
             kubernetes: None,
+            is_stuck: false,
         };
         let Some(set) = set else { return status };
         status.read_attached(set);
@@ -293,6 +307,7 @@ impl Status {
             documents: None,
             rules: None,
             last_error: None,
+            changing_since: None,
         });
         self.maps = pinned::map_uses(set)?;
         let mut answers = BTreeMap::new();
@@ -320,14 +335,17 @@ impl Status {
             Ok(from_agent) => from_agent,
             Err(error) => return self.degraded.push(format!("the agent does not answer: {error}")),
         };
-        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names, kubernetes } =
-            from_agent;
+        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names, .. } = from_agent;
+        let FromAgent { kubernetes, changing_since, silent, .. } = from_agent;
+        self.is_stuck = silent.is_some();
+        self.degraded.extend(silent.map(|seconds| format!("the agent has followed nothing for {seconds} s: it hangs, or is busy")));
         self.degraded.extend(degraded);
         self.degraded.extend(kubernetes.iter().flat_map(kubernetes::Report::degraded));
         self.agent.since = Some(since);
         if let Some(policy) = &mut self.policy {
             (policy.documents, policy.rules) = (Some(documents), Some(rules));
             policy.last_error.clone_from(&last_error);
+            policy.changing_since = changing_since;
         }
         self.degraded.extend(last_error.map(|error| format!("the last good policy stays in force: {error}")));
         if !attached {
@@ -347,7 +365,7 @@ impl Status {
     /// Whether the agent is as a probe asks.
     pub const fn is(&self, probe: Probe) -> bool {
         // Only the agent itself tells since when it runs.
-        let is_live = self.agent.since.is_some();
+        let is_live = self.agent.since.is_some() && !self.is_stuck;
         is_live && (self.enforcing || matches!(probe, Probe::Live))
     }
 
@@ -403,8 +421,11 @@ impl fmt::Display for Status {
                 write!(f, ", {documents} documents, {rules} rules")?;
             }
             writeln!(f, "\n           hash {}", policy.hash)?;
+            if let Some(since) = &policy.changing_since {
+                writeln!(f, "           a change is being put in force since {since}")?;
+            }
         }
-        for scope in &self.scopes {
+        for scope in self.scopes.iter() {
             let policies =
                 if scope.policies.is_empty() { "node default".to_owned() } else { scope.policies.join(", ") };
             writeln!(
