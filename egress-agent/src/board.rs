@@ -7,10 +7,18 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use crate::status::{self, FromAgent};
+use crate::status::{self, FromAgent, Pending};
 
-/// How long the loop may be silent before it counts as stuck.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the loop may be silent before it counts as stuck, and another policy on disk than in force before it counts as
+/// wrong.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+const IN_FORCE_SOON: &str = "it is being put in force";
+
+/// How `status` and the log tell that the policy on disk is not the one in force.
+pub(crate) fn not_in_force(pending: &Pending) -> String {
+    format!("the policy on disk is not in force since {}: {}", pending.since, pending.reason)
+}
 
 /// What was said last.
 #[derive(Debug)]
@@ -21,8 +29,17 @@ struct Posted {
     told: FromAgent,
     /// When the loop was seen last.
     seen: Instant,
-    /// Since when it works on a change.
-    changing: Option<SystemTime>,
+    /// Since when it works on a change, and which.
+    changing: Option<(SystemTime, Instant, Changing)>,
+}
+
+/// What is being put in force.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Changing {
+    /// Policies.
+    Policies,
+    /// Addresses of names alone.
+    Names,
 }
 
 impl Board {
@@ -42,8 +59,8 @@ impl Board {
     }
 
     /// The loop works on a change.
-    pub(crate) fn begin(&self) {
-        self.posted().changing = Some(SystemTime::now());
+    pub(crate) fn begin(&self, what: Changing) {
+        self.posted().changing = Some((SystemTime::now(), Instant::now(), what));
     }
 
     /// It does no longer.
@@ -62,7 +79,14 @@ impl Board {
             let posted = self.posted();
             (posted.told.clone(), posted.seen, posted.changing)
         };
-        told.changing_since = changing.map(status::time);
+        if let Some((since, begun, what)) = changing {
+            told.changing_since = Some(status::time(since));
+            if what == Changing::Policies && told.pending.is_none() && begun.elapsed() > PATIENCE {
+                let pending = Pending { since: status::time(since), reason: IN_FORCE_SOON.to_owned(), file: None };
+                told.degraded.push(not_in_force(&pending));
+                told.pending = Some(pending);
+            }
+        }
         let silent = seen.elapsed();
         if silent > PATIENCE {
             told.silent = Some(silent.as_secs());

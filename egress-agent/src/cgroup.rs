@@ -5,7 +5,10 @@ use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
     io,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
+    },
     path::{Component, Path, PathBuf},
 };
 
@@ -183,6 +186,30 @@ fn is_on_cgroup2(path: &Path) -> bool {
     statfs(path).is_ok_and(|system| u64::try_from(system.f_type) == Ok(CGROUP2_SUPER_MAGIC))
 }
 
+/// The path of a cgroup by its id alone, without looking through the hierarchy. Takes `CAP_DAC_READ_SEARCH`; `None` without
+/// it, and where the cgroup is gone.
+fn by_handle(mount: &Path, id: u64) -> Option<PathBuf> {
+    /// `struct file_handle` with the handle of a file of kernfs (`FILEID_KERNFS` of `linux/exportfs.h`).
+    #[repr(C)]
+    struct Handle {
+        bytes: u32,
+        kind: i32,
+        id: [u8; 8],
+    }
+    let directory = File::open(mount).ok()?;
+    let mut handle = Handle { bytes: 8, kind: 0xfe, id: id.to_ne_bytes() };
+    let flags = libc::O_PATH | libc::O_CLOEXEC;
+    let (at, handle) = (directory.as_raw_fd(), &raw mut handle);
+    // SAFETY: the kernel reads the handle, which is as long as it says, and writes nothing there.
+    let opened = unsafe { libc::syscall(libc::SYS_open_by_handle_at, at, handle, flags) };
+    let opened = RawFd::try_from(opened).ok().filter(|fd| *fd >= 0)?;
+    // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
+    let opened = unsafe { OwnedFd::from_raw_fd(opened) };
+    let path = fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd())).ok()?;
+    let is_it = fs::metadata(&path).is_ok_and(|meta| meta.ino() == id);
+    is_it.then(|| path.strip_prefix(mount).map(|below| Path::new("/").join(below)).ok())?
+}
+
 /// Finds the path of a cgroup by its id, which is the inode number of its directory.
 #[derive(Debug)]
 pub struct CgroupPaths {
@@ -201,7 +228,7 @@ impl CgroupPaths {
     /// saves a walk over the whole tree. `None` if the cgroup was gone before it was looked for.
     pub fn path(&mut self, id: u64, pid: Option<u32>) -> Option<&Path> {
         if !self.known.contains_key(&id) {
-            match pid.and_then(|pid| self.of_process(id, pid)) {
+            match pid.and_then(|pid| self.of_process(id, pid)).or_else(|| by_handle(&self.mount, id)) {
                 Some(path) => drop(self.known.insert(id, Some(path))),
                 None => self.walk(),
             }

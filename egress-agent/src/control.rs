@@ -39,16 +39,6 @@ pub enum Request {
     Reload,
 }
 
-impl Request {
-    /// How long its answer is waited for. A large policy takes its time; whoever asks how things are has none.
-    const fn patience(self) -> Duration {
-        match self {
-            Self::Status => Duration::from_secs(2),
-            Self::Reload => Duration::from_mins(10),
-        }
-    }
-}
-
 /// A request with the place for its answer: of [`Request::Reload`] one JSON value; of [`Request::Status`] nothing, once the
 /// loop has posted anew.
 #[derive(Debug)]
@@ -233,10 +223,22 @@ fn send(socket: &Path, request: Request) -> io::Result<BlockingStream> {
     Ok(stream)
 }
 
-/// Asks the agent of a pin directory, and waits for its answer.
+/// How long an answer is waited for that takes no time.
+const ANSWERED: Duration = Duration::from_secs(2);
+
+/// Asks the agent of a pin directory, and waits for its answer: of a reload for as long as it may take, else not for long.
 pub fn ask<T: DeserializeOwned>(socket: &Path, request: Request) -> io::Result<T> {
+    let patience = match request {
+        Request::Status => ANSWERED,
+        Request::Reload => RELOAD_PATIENCE,
+    };
+    ask_within(socket, request, patience)
+}
+
+/// Asks the agent of a pin directory; an error if the answer takes longer.
+pub fn ask_within<T: DeserializeOwned>(socket: &Path, request: Request, patience: Duration) -> io::Result<T> {
     let stream = send(socket, request)?;
-    stream.set_read_timeout(Some(request.patience()))?;
+    stream.set_read_timeout(Some(patience))?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),

@@ -39,6 +39,7 @@ mod facts;
 mod ids;
 mod lsm;
 mod names;
+pub mod others;
 pub mod pinned;
 mod plan;
 mod programs;

@@ -87,6 +87,8 @@ pub(crate) struct Target {
     pub(crate) given: PathBuf,
     pub(crate) cgroup: Cgroup,
     agent: Option<Cgroup>,
+    /// This process made it, so that nobody else makes it anew.
+    pub(crate) is_our_own: bool,
 }
 
 impl Target {
@@ -95,7 +97,7 @@ impl Target {
     pub(crate) fn open(given: &Path, mount: &Path) -> Result<Self, RunError> {
         let cgroup = Cgroup::open(given, mount)?;
         let agent = cgroup::own(mount);
-        let target = Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent };
+        let target = Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent, is_our_own: false };
         if target.holds_agent() && !target.cgroup.is_root() {
             return Err(RunError::OwnCgroup { path: target.cgroup.path });
         }
@@ -115,17 +117,19 @@ impl Enforcement {
         mut dataplane: Dataplane,
         selector: Selector,
     ) -> Result<(Self, Applied), RunError> {
-        let Target { mount, given, cgroup, agent } = target;
+        let Target { mount, given, cgroup, agent, is_our_own } = target;
         let trusted = dataplane.trust_own_namespace(agent.as_ref());
         let unlearnt = trusted.err().map(|error| format!("names are not learnt in the kernel: {}", chain(&error)));
         if let Some(unlearnt) = &unlearnt {
             tracing::warn!("{unlearnt}");
         }
         let always = agent.as_ref().map(|agent| agent.path.as_path());
-        let hierarchy = Hierarchy::new(&mount, &cgroup.path, always).map_err(system(CANNOT_WATCH))?;
-        let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
-        let directory = mount.join(cgroup::below(&cgroup.path));
-        watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
+        let hierarchy = Hierarchy::new(&mount, &cgroup.path, always);
+        let mut watch = Watch::default();
+        if !is_our_own {
+            let directory = mount.join(cgroup::below(&cgroup.path));
+            watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
+        }
         let vigil = (socket_matching::is_possible() && !cgroup.is_root()).then(Vigil::default);
         let mut enforcement = Self {
             vigil,
@@ -401,6 +405,8 @@ impl Enforcement {
                 }
                 Err(error) => tracing::error!(error = %chain(&error), "cannot attach again: nothing is filtered"),
             },
+            // It is there, and there is no descriptor left, perhaps.
+            Err(error @ CgroupError::Open { .. }) => tracing::debug!(%error, "cannot look after the cgroup"),
             Err(error) if self.is_attached => {
                 tracing::error!(%error, %cgroup, "the cgroup is gone: nothing is filtered until it is back");
                 self.is_attached = false;
@@ -501,4 +507,4 @@ fn top_most<'a>(sorted: &[&'a Node], layout: &Layout, matters: impl Fn(&Ruleset)
     found
 }
 
-const CANNOT_WATCH: &str = "cannot watch cgroups; see fs.inotify.max_user_watches";
+const CANNOT_WATCH: &str = "cannot watch cgroups";

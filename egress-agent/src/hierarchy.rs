@@ -6,7 +6,7 @@ use std::{
     fs, io,
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::AsFd,
         unix::{ffi::OsStrExt, fs::MetadataExt},
     },
     path::{Path, PathBuf},
@@ -14,15 +14,14 @@ use std::{
 
 use egress_common::MAX_LEVEL;
 use rustix::{
-    fs::inotify::{self, ReadFlags, Reader, WatchFlags},
+    fs::inotify::{ReadFlags, Reader, WatchFlags},
     io::Errno,
 };
-use tokio::io::unix::AsyncFd;
 
 use crate::{
     cgroup::{below, children},
     scopes::Node,
-    watch::inotify,
+    watch::Inotify,
 };
 
 /// Cgroups that come and go. The parents of those that are known are watched.
@@ -42,7 +41,7 @@ pub(crate) struct Hierarchy {
     known: BTreeMap<PathBuf, u64>,
     /// What is always known, if it is there: the agent's own cgroup.
     always: Option<PathBuf>,
-    inotify: AsyncFd<OwnedFd>,
+    inotify: Inotify,
     watches: HashMap<i32, PathBuf>,
 }
 
@@ -56,12 +55,12 @@ pub(crate) struct Changed {
 }
 
 impl Hierarchy {
-    /// Of the cgroup `top`, a path below the mount; nothing is known yet. Must be called in a tokio runtime.
-    pub(crate) fn new(mount: &Path, top: &Path, always: Option<&Path>) -> io::Result<Self> {
+    /// Of the cgroup `top`, a path below the mount; nothing is known yet.
+    pub(crate) fn new(mount: &Path, top: &Path, always: Option<&Path>) -> Self {
         let top = below(top).to_owned();
         let always = always.map(below).filter(|path| path.starts_with(&top)).map(Path::to_owned);
         let (known, watches) = (BTreeMap::new(), HashMap::new());
-        Ok(Self { mount: mount.to_owned(), top, known, always, inotify: inotify()?, watches })
+        Self { mount: mount.to_owned(), top, known, always, inotify: Inotify::default(), watches }
     }
 
     /// The known cgroups, the top first and parents before children.
@@ -70,7 +69,7 @@ impl Hierarchy {
         self.known.iter().map(node).collect()
     }
 
-    /// Looks at everything again: the top, and the children of all that `looks_below` wants looked into. If that fails,
+    /// Looks at everything again, in a tokio runtime: the top, and the children of all that `looks_below` wants looked into. If that fails,
     /// what was known stays known.
     pub(crate) fn look(&mut self, looks_below: &dyn Fn(&str) -> bool) -> io::Result<()> {
         let before = std::mem::take(&mut self.known);
@@ -139,13 +138,13 @@ impl Hierarchy {
 
     /// Whether it is there to be watched.
     fn watch(&mut self, directory: &Path, path: &Path) -> io::Result<bool> {
-        match inotify::add_watch(&self.inotify, directory, CHANGES) {
+        match self.inotify.watch(directory, CHANGES) {
             Ok(watch) => {
                 self.watches.insert(watch, path.to_owned());
                 Ok(true)
             }
-            Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
-            Err(errno) => Err(errno.into()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::{
     io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write},
     path::Path,
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -28,7 +29,7 @@ use egress_agent::{
     privileges, resolv,
     run::{self, Reloaded, chain},
     settings,
-    status::Status,
+    status::{self, FromAgent, Pending, Status},
     stop,
     users::{PASSWD, Users},
 };
@@ -65,7 +66,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => run(&args, cli.log),
         Command::Exec(args) => exec(&args, cli.log),
-        Command::Status(args) => finish(status(&args)),
+        Command::Status(args) => finish(tell_status(&args)),
         Command::Reload(args) => finish(reload(&args)),
         Command::Detach(args) => finish(detach(&args)),
         Command::Check(args) => finish(check(&args)),
@@ -104,7 +105,7 @@ fn color() -> Color {
     if wanted { Color::Ansi } else { Color::Never }
 }
 
-fn status(args: &StatusArgs) -> anyhow::Result<u8> {
+fn tell_status(args: &StatusArgs) -> anyhow::Result<u8> {
     let status = Status::read(&args.agent.pin_dir, &args.agent.run_dir)?;
     if let Some(probe) = args.probe {
         let is_met = status.is(probe);
@@ -129,12 +130,36 @@ fn reload(args: &ReloadArgs) -> anyhow::Result<u8> {
         control::tell(&socket, Request::Reload).with_context(unreached)?;
         return Ok(0);
     }
-    let Reloaded { generation, error } = control::ask(&socket, Request::Reload).with_context(unreached)?;
-    match &error {
-        None => say(&format!("generation {generation} is in force\n")),
-        Some(error) => say(&format!("error: {error}; generation {generation} stays in force\n")),
+    let patience = Duration::from_secs(args.timeout);
+    let Reloaded { generation, error, pending } = match control::ask_within(&socket, Request::Reload, patience) {
+        Ok(reloaded) => reloaded,
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(overdue(&socket, args.timeout)),
+        Err(error) => return Err(error).with_context(unreached),
+    };
+    match (&error, &pending) {
+        (None, None) => say(&format!("generation {generation} is in force\n")),
+        (Some(error), _) => say(&format!("error: {error}; generation {generation} stays in force\n")),
+        (None, Some(Pending { reason, .. })) => {
+            say(&format!("error: not all of the policy on disk is in force: {reason}; generation {generation} is\n"));
+        }
     }
-    Ok(u8::from(error.is_some()))
+    for other in status::others(&args.agent.pin_dir) {
+        say(&format!("warning: {other}\n"));
+    }
+    Ok(u8::from(error.is_some() || pending.is_some()))
+}
+
+/// Tells why a reload is not answered in time, as far as the agent knows.
+fn overdue(socket: &Path, seconds: u64) -> u8 {
+    let told = control::ask::<FromAgent>(socket, Request::Status);
+    let why = match told {
+        Ok(FromAgent { pending: Some(pending), .. }) => pending.reason,
+        Ok(FromAgent { changing_since: Some(since), .. }) => format!("a change is being put in force since {since}"),
+        Ok(_) => "the agent is busy".to_owned(),
+        Err(error) => format!("the agent does not answer: {error}"),
+    };
+    say(&format!("error: not known to be in force after {seconds} s: {why}\n"));
+    1
 }
 
 fn detach(args: &DetachArgs) -> anyhow::Result<u8> {
@@ -251,10 +276,10 @@ fn runtime() -> Option<tokio::runtime::Runtime> {
 }
 
 fn exec(args: &ExecArgs, log: LogLevel) -> ExitCode {
-    let locked_memory = exec::prepare(args);
+    let limits = exec::prepare(args);
     let sudo = Sudo { uid: std::env::var_os("SUDO_UID"), gid: std::env::var_os("SUDO_GID") };
     let Some(runtime) = runtime() else { return ExitCode::from(exec::FAILED) };
-    match runtime.block_on(exec::exec(args, log, OBJECT, &sudo, locked_memory)) {
+    match runtime.block_on(exec::exec(args, log, OBJECT, &sudo, &limits)) {
         Ok(Ended { code, summary }) => {
             if !summary.is_empty() {
                 match args.output {

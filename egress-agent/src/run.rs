@@ -18,32 +18,35 @@ use thiserror::Error;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
-    task::spawn_blocking,
+    task::{JoinHandle, spawn_blocking},
     time::{Instant, Interval, interval, interval_at, sleep_until},
 };
 
 use crate::{
-    board::Board,
+    board::{self, Board, Changing},
     cgroup::{self, Cgroup, CgroupError, CgroupPaths},
     cli::{ClusterArgs, EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
     compile::{CompileError, Names, NodeAction, NodeDefault},
     control::{self, Asked, Control, Request},
-    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, NameSettings, pinned},
+    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, NameSettings, others, pinned},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
     exec,
     existing::{self, ExistingError},
     kubernetes::{self, Cluster, ClusterError, Rejection, Revisions},
     notify::Notifier,
-    pins::{PinDirectory, PinError},
+    pins::{self, PinDirectory, PinError},
     pods::{PodNames, ROOTS},
-    policy::load::{LoadError, LoadOptions},
+    policy::{
+        diagnostic::printable,
+        load::{LoadError, LoadOptions},
+    },
     privileges::{self, CapabilitySet, FOREIGN_FILES},
     report::{Reported, Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
     socket_matching,
-    source::{Policy, Source, SourceOptions},
-    status::{self, FromAgent, Wildcard},
+    source::{HOLD, LOOK, Policy, Source, SourceOptions},
+    status::{self, FromAgent, Pending, Wildcard},
     stop,
     workload::names_root,
 };
@@ -160,6 +163,8 @@ const OBJECTS_DEBOUNCE: Duration = Duration::from_millis(50);
 const MOST_DEBOUNCE: Duration = Duration::from_millis(500);
 /// How soon a policy that could not be read is tried again without any change being noticed.
 const RETRY: Duration = Duration::from_secs(5);
+/// How long whoever waits for a reload waits for files that are being written: until they hold back nothing else.
+const RELOAD_HOLD: Duration = HOLD.saturating_add(Duration::from_secs(1));
 /// How long a reload waits for the addresses of new names; what comes later is put in force when it comes.
 const RELOAD_WAIT: Duration = Duration::from_secs(1);
 
@@ -168,14 +173,14 @@ const NOT_DETACHED: u8 = 4;
 
 /// Runs until SIGTERM or SIGINT, which [`stop::expect`] must have been called for.
 pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8], mut notifier: Notifier) -> Result<(), RunError> {
-    let mut source = Source::new(options(args))?;
+    let mut source = Source::new(options(args));
     let mut possible = None;
     if args.cluster.kubernetes {
         dataplane::probe()?;
         let capabilities = *possible.insert(existing::possible());
         source.cluster = Some(connect(args, !capabilities.is_empty(), &mut notifier).await?);
     }
-    let policy = source.read()?;
+    let policy = source.read_first().await?;
     dataplane::probe()?;
     let terminating = possible.map_or_else(|| existing::expect(&policy.set), Ok)?;
     let mount = cgroup::mount_point()?;
@@ -183,10 +188,10 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8], mut notifier: Not
     if target.cgroup.is_root() {
         warn_of_exempt(&target, args, &policy)?;
     }
-    let pins = PinDirectory::claim(&args.pin_dir)?;
+    let claimed = PinDirectory::claim(&args.pin_dir)?;
     exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
     let limit = args.memory_limit.saturating_mul(1_000_000);
-    let set = pins.begin()?;
+    let set = claimed.begin()?;
     let dataplane = Dataplane::prepare(object, kernel_log(log), args.packet_guard, name_settings(args), set, limit)?;
     for hook in dataplane.refused() {
         tracing::warn!(hook = hook.as_str(), "this kernel lacks what a program needs: see docs/kernels.md");
@@ -202,32 +207,38 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8], mut notifier: Not
     enforcement.expect_matching()?;
     enforcement.attach()?;
     enforcement.dataplane.commit()?;
+    // While it may be asked whose they are.
+    let mut company = Company::default();
+    company.look(&enforcement, &mount, &args.pin_dir);
     // Before there is a second thread, which would keep its own.
     privileges::keep_only(privileges::RUNNING | files(args) | terminating);
     enforcement.terminate();
-    let backlog = retire(&pins, &mut enforcement.dataplane);
+    let backlog = retire(&claimed, &mut enforcement.dataplane);
     let pods = PodNames::default();
     pods.set(enforcement.pods().clone());
-    let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
+    let enricher = Enricher::new(CgroupPaths::new(mount.clone()), enforcement.dataplane.rule_names(), hosts.clone());
     let enricher = enricher.with_pods(pods.clone()).with_asked(enforcement.dataplane.asked_names()?);
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
-    let (last_error, is_being_written, started) = (None, false, SystemTime::now());
+    let (last_error, pending, started) = (None, None, SystemTime::now());
     let rules = applied.rules;
-    let state = State { source, enforcement, policy, hosts, pods, rules, last_error, is_being_written, started };
+    let place = Place { mount, pins: args.pin_dir.clone() };
+    let mut state =
+        State { source, enforcement, policy, hosts, pods, rules, last_error, pending, started, company, place };
+    state.pend(&Ok(()));
     // Whoever waits for the start may ask at once.
     let board = Arc::new(Board::new(state.tell(&resolver)));
     let control = listen(args, &board);
     announce(&applied, &state, &mut notifier);
     let outlets = Outlets { notifier, board, watchdog: Watchdog::new() };
-    let enforcement = Box::pin(follow(state, resolver, control, outlets, &mut signals)).await?;
+    Box::pin(follow(state, resolver, control, outlets, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
-        if let Some(enforcement) = enforcement {
-            pinned::detach(enforcement.dataplane.pins().path())?;
-            reporter.finish();
-            pinned::remove(enforcement.dataplane.pins().path())?;
-        }
-        pins.remove()?;
+        // Also where a change is still being made, on a thread that ends with this process.
+        claimed.sets()?.iter().try_for_each(|set| pinned::remove(set))?;
+        claimed.remove()?;
+        // Whatever takes too long now, the rules have ended.
+        stop::in_good_order(0);
+        reporter.finish();
     } else {
         reporter.finish();
         tracing::info!("asked to stop: the rules stay in force; `egress-agent detach` removes them");
@@ -423,9 +434,128 @@ struct State {
     rules: usize,
     /// Why the policy that was read last is not in force.
     last_error: Option<String>,
-    /// A policy file was open for writing when it was to be read.
-    is_being_written: bool,
+    /// What of the policy on disk is not in force.
+    pending: Option<NotInForce>,
+    /// Who else judges.
+    company: Company,
+    place: Place,
     started: SystemTime,
+}
+
+/// Where cgroups and pins are.
+struct Place {
+    mount: PathBuf,
+    pins: PathBuf,
+}
+
+/// How often it is looked who else judges.
+const LOOK_FOR_OTHERS: Duration = Duration::from_secs(10);
+
+/// Other filters of ours on the same cgroups. The log is told when they come and go; `status` asks the kernel itself.
+#[derive(Default)]
+struct Company {
+    cgroups: Vec<String>,
+    looked: Option<Instant>,
+}
+
+impl Company {
+    fn look(&mut self, enforcement: &Enforcement, mount: &Path, pins: &Path) {
+        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK_FOR_OTHERS) {
+            return;
+        }
+        self.looked = Some(Instant::now());
+        let own = pins::programs(pins);
+        // Without pins it is not known which programs are our own.
+        if own.is_empty() {
+            return;
+        }
+        let others = match others::find(mount, &enforcement.cgroup.path, &own) {
+            Ok(others) => others,
+            Err(error) => return tracing::debug!(%error, "cannot tell who else judges"),
+        };
+        let cgroups: Vec<String> = others.iter().map(|other| other.cgroup.clone()).collect();
+        if cgroups != self.cgroups {
+            for other in &others {
+                tracing::warn!("{other}; `egress-agent status` tells more");
+            }
+            if others.is_empty() {
+                tracing::info!("no other filter judges the same cgroups any more");
+            }
+            self.cgroups = cgroups;
+        }
+    }
+}
+
+/// What of the policy on disk is not in force.
+struct NotInForce {
+    since: SystemTime,
+    noticed: Instant,
+    reason: String,
+    file: Option<PathBuf>,
+    /// A file that is being written: whoever waits for a reload is told a little later.
+    may_pass: bool,
+    /// The log has it.
+    is_told: bool,
+}
+
+impl NotInForce {
+    fn tell(&self) -> Pending {
+        let file = self.file.as_ref().map(|file| printable(&file.to_string_lossy()));
+        Pending { since: status::time(self.since), reason: self.reason.clone(), file }
+    }
+
+    fn is_old(&self) -> bool {
+        self.noticed.elapsed() > board::PATIENCE
+    }
+}
+
+/// Clients that wait for a reload, with when they asked.
+#[derive(Default)]
+struct Waiting(Vec<(Instant, oneshot::Sender<String>)>);
+
+impl Waiting {
+    /// Answers those for whom it is settled: the files were read as they are, or are being written for too long.
+    fn answer(&mut self, state: &State) {
+        let may_pass = state.pending.as_ref().is_some_and(|pending| pending.may_pass);
+        for (asked, answer) in std::mem::take(&mut self.0) {
+            if may_pass && asked.elapsed() < RELOAD_HOLD {
+                self.0.push((asked, answer));
+            } else {
+                // Whoever asked may be gone.
+                let _ = answer.send(state.tell_reload());
+            }
+        }
+    }
+}
+
+/// Looks for changes that nobody tells of, on a thread: a file system may take its time.
+#[derive(Default)]
+struct Looking(Option<(Instant, JoinHandle<Option<PathBuf>>)>);
+
+impl Looking {
+    /// Begins, where that is due.
+    fn begin(&mut self, source: &Source, last: &mut Instant) {
+        if self.0.is_none() && last.elapsed() >= LOOK {
+            *last = Instant::now();
+            let looker = source.looker();
+            self.0 = Some((*last, spawn_blocking(move || looker.look())));
+        }
+    }
+
+    /// What is to be read, if something is.
+    async fn done(&mut self) -> Option<PathBuf> {
+        let Some((_, looking)) = &mut self.0 else { return std::future::pending().await };
+        // A look that panicked found nothing.
+        let found = looking.await.ok().flatten();
+        self.0 = None;
+        found
+    }
+
+    fn degraded(&self) -> Option<String> {
+        let (begun, _) = self.0.as_ref().filter(|(begun, _)| begun.elapsed() > board::PATIENCE)?;
+        let seconds = begun.elapsed().as_secs();
+        Some(format!("the file system of the policies has not answered for {seconds} s"))
+    }
 }
 
 /// Where the loop says how it is.
@@ -437,30 +567,51 @@ struct Outlets {
 
 impl Outlets {
     /// Says how everything is now.
-    fn post(&self, state: &State, resolver: &Resolver) {
+    fn post(&self, state: &State, resolver: &Resolver, looking: &Looking) {
         let mut told = state.tell(resolver);
         told.degraded.extend(self.notifier.degraded());
+        told.degraded.extend(looking.degraded());
         self.board.post(told);
+    }
+
+    /// Puts in force what changed, and says so; and when it is to be tried again. `None` if the agent is asked to stop.
+    async fn change(
+        &mut self,
+        again: Again,
+        state: State,
+        resolver: &mut Resolver,
+        signals: &mut Signals,
+    ) -> Result<Option<(State, Option<Duration>)>, RunError> {
+        self.board.begin(if again == Again::Names { Changing::Names } else { Changing::Policies });
+        self.notifier.reloading();
+        let apply = apply_again(again, state, resolver);
+        let Some(applied) = undisturbed(apply, self, signals).await else { return Ok(None) };
+        let (mut state, result) = applied?;
+        let retry = state.conclude(again, &result, &mut self.notifier);
+        self.post(&state, resolver, &Looking::default());
+        self.board.end();
+        Ok(Some((state, retry)))
     }
 }
 
-/// Follows the files and the cgroups until a signal ends it. `None` if it ended while a policy was being put in force.
+/// Follows the files and the cgroups until a signal ends it, also while a policy is being put in force.
 async fn follow(
     mut state: State,
     mut resolver: Resolver,
     mut control: Option<Control>,
     mut outlets: Outlets,
     signals: &mut Signals,
-) -> Result<Option<Enforcement>, RunError> {
+) -> Result<(), RunError> {
     let (mut due, mut objects_due, mut took) = (None, None, Duration::ZERO);
     let mut pulse = interval(LOOK_AFTER);
     let mut lost = 0;
-    let mut waiting: Vec<oneshot::Sender<String>> = Vec::new();
+    let mut waiting = Waiting::default();
+    let (mut looking, mut looked) = (Looking::default(), Instant::now());
     loop {
         let mut again = None;
         tokio::select! {
-            _ = signals.terminate.recv() => return Ok(Some(state.enforcement)),
-            _ = signals.interrupt.recv() => return Ok(Some(state.enforcement)),
+            _ = signals.terminate.recv() => return Ok(()),
+            _ = signals.interrupt.recv() => return Ok(()),
             _ = signals.hangup.recv() => again = Some(Again::Files),
             () = at(due) => again = Some(Again::Files),
             () = at(objects_due) => again = Some(Again::Objects),
@@ -477,9 +628,17 @@ async fn follow(
             _ = pulse.tick() => {
                 state.enforcement.look_after();
                 state.report_lost(&mut lost);
+                state.tell_pending();
+                state.company.look(&state.enforcement, &state.place.mount, &state.place.pins);
                 outlets.notifier.retry();
-                outlets.post(&state, &resolver);
+                outlets.post(&state, &resolver, &looking);
+                waiting.answer(&state);
+                looking.begin(&state.source, &mut looked);
             }
+            found = looking.done() => if let Some(file) = found {
+                tracing::debug!(file = %printable(&file.to_string_lossy()), "a change was found that nobody told of");
+                due = due.or(Some(Instant::now()));
+            },
             noticed = state.enforcement.changed() => {
                 let noticed = noticed.map_err(system("cannot watch cgroups"))?;
                 state.enforcement.follow(noticed);
@@ -491,36 +650,28 @@ async fn follow(
             }
             Asked { request, answer } = next(&mut control) => match request {
                 Request::Status => {
-                    outlets.post(&state, &resolver);
+                    outlets.post(&state, &resolver, &looking);
                     // Whoever asked may have taken what was posted before.
                     let _ = answer.send(String::new());
                 }
                 Request::Reload => {
-                    waiting.push(answer);
+                    waiting.0.push((Instant::now(), answer));
                     again = Some(Again::Files);
                 }
             },
         }
-        if let Some(again) = again {
-            let begun = Instant::now();
-            outlets.board.begin();
-            outlets.notifier.reloading();
-            let apply = Box::pin(apply_again(again, state, &mut resolver));
-            let Some(applied) = undisturbed(apply, &mut outlets, signals).await else { return Ok(None) };
-            let (returned, result) = applied?;
-            state = returned;
-            let retry = state.conclude(&result, &mut outlets.notifier);
-            outlets.post(&state, &resolver);
-            outlets.board.end();
-            due = retry.map_or(due.filter(|_| again != Again::Files), |delay| Some(Instant::now() + delay));
-            objects_due = objects_due.filter(|_| again == Again::Names);
-            took = begun.elapsed();
-            // A file that is being written is read when it is closed.
-            let settled = if state.is_being_written || again != Again::Files { 0 } else { waiting.len() };
-            for answer in waiting.drain(..settled) {
-                // Whoever asked may be gone.
-                let _ = answer.send(state.tell_reload());
-            }
+        let Some(again) = again else { continue };
+        let begun = Instant::now();
+        // What is found meanwhile is read, perhaps.
+        looking = Looking::default();
+        let change = Box::pin(outlets.change(again, state, &mut resolver, signals));
+        let Some((returned, retry)) = change.await? else { return Ok(()) };
+        state = returned;
+        due = retry.map_or(due.filter(|_| again != Again::Files), |delay| Some(Instant::now() + delay));
+        objects_due = objects_due.filter(|_| again == Again::Names);
+        took = begun.elapsed();
+        if again == Again::Files {
+            waiting.answer(&state);
         }
     }
 }
@@ -645,8 +796,10 @@ impl State {
     }
 
     /// Tells how it went, and when it is to be tried again.
-    fn conclude(&mut self, result: &Result<(), RunError>, notifier: &mut Notifier) -> Option<Duration> {
-        self.is_being_written = matches!(result, Err(RunError::Load(LoadError::BeingWritten { .. })));
+    fn conclude(&mut self, again: Again, result: &Result<(), RunError>, notifier: &mut Notifier) -> Option<Duration> {
+        if again == Again::Files || result.is_err() {
+            self.pend(result);
+        }
         let generation = self.enforcement.dataplane.meta().generation();
         let (status, retry) = match result {
             Ok(()) => (format!("generation {generation}"), None),
@@ -666,6 +819,40 @@ impl State {
         retry
     }
 
+    /// Notes what of the policy on disk is not in force.
+    fn pend(&mut self, result: &Result<(), RunError>) {
+        let unfinished = self.source.unfinished().first();
+        let (reason, file, may_pass) = match (result, unfinished) {
+            (Ok(()), None) => return self.pending = None,
+            (Ok(()), Some(file)) => (file.to_string(), Some(file.path.to_path_buf()), true),
+            (Err(RunError::Load(error @ LoadError::BeingWritten { path })), _) => {
+                (error.to_string(), Some(path.clone()), true)
+            }
+            (Err(error), _) => (chain(error), None, false),
+        };
+        let before = self.pending.take().map(|before| (before.since, before.noticed, before.is_told));
+        let (since, noticed, is_told) = before.unwrap_or_else(|| (SystemTime::now(), Instant::now(), false));
+        self.pending = Some(NotInForce { since, noticed, reason, file, may_pass, is_told });
+    }
+
+    /// Tells the log once of what is not in force for too long. Errors are told as they happen.
+    fn tell_pending(&mut self) {
+        if let Some(pending) = self.pending.as_mut().filter(|pending| pending.is_old() && !pending.is_told) {
+            pending.is_told = true;
+            if self.last_error.is_none() {
+                tracing::warn!("{}", board::not_in_force(&pending.tell()));
+            }
+        }
+    }
+
+    /// What is not as it should be.
+    fn degraded(&self) -> Vec<String> {
+        let pending = self.pending.as_ref().filter(|pending| pending.is_old() && self.last_error.is_none());
+        let mut degraded = self.enforcement.degraded();
+        degraded.extend(pending.map(|pending| board::not_in_force(&pending.tell())));
+        degraded
+    }
+
     /// What `status` is to tell.
     fn tell(&self, resolver: &Resolver) -> FromAgent {
         let wildcards = self.policy.wildcards.iter().cloned().map(|(host, document)| Wildcard { host, document });
@@ -674,12 +861,13 @@ impl State {
             documents: self.policy.documents,
             rules: self.rules,
             last_error: self.last_error.clone(),
-            degraded: self.enforcement.degraded(),
+            degraded: self.degraded(),
             attached: self.enforcement.is_attached(),
             pinned: self.enforcement.is_pinned(),
             scopes: self.enforcement.scopes(),
             changing_since: None,
             silent: None,
+            pending: self.pending.as_ref().map(NotInForce::tell),
             names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report(), learnt: None },
             kubernetes: self.source.cluster.as_ref().map(|cluster| self.tell_cluster(cluster)),
         }
@@ -699,7 +887,8 @@ impl State {
     /// The answer to [`Request::Reload`].
     fn tell_reload(&self) -> String {
         let generation = self.enforcement.dataplane.meta().generation();
-        let told = Reloaded { generation, error: self.last_error.clone() };
+        let pending = self.pending.as_ref().map(NotInForce::tell);
+        let told = Reloaded { generation, error: self.last_error.clone(), pending };
         serde_json::to_string(&told).unwrap_or_default()
     }
 
@@ -724,6 +913,9 @@ pub struct Reloaded {
     /// Why it is not what was read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What of the policy on disk is not in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending: Option<Pending>,
 }
 
 /// An error with all its causes, in one line.

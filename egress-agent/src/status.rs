@@ -1,7 +1,7 @@
 //! What is in force: read from the pins, and completed by the agent where one runs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -16,6 +16,7 @@ use crate::{
     control::{self, Request},
     dataplane::{
         WHERE_IT_MATTERS,
+        others::{self, Other},
         pinned::{self, MapUse},
     },
     kubernetes,
@@ -45,6 +46,8 @@ pub struct Status {
     pub agent: Agent,
     /// Where programs are attached.
     pub attached: Vec<Attached>,
+    /// Other filters of ours that judge the same cgroups, too.
+    pub others: Vec<Other>,
     /// What is in force.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<Policy>,
@@ -111,6 +114,21 @@ pub struct Policy {
     /// Since when a change is being put in force, if one is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub changing_since: Option<String>,
+    /// What of the policy on disk is not in force; known by the agent alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pending: Option<Pending>,
+}
+
+/// What of the policy on disk is not in force.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pending {
+    /// Since when.
+    pub since: String,
+    /// Why.
+    pub reason: String,
+    /// The file, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
 }
 
 /// One distinct set of policies.
@@ -217,6 +235,9 @@ pub struct FromAgent {
     /// For how many seconds it has followed nothing, if that is too long.
     #[serde(default)]
     pub silent: Option<u64>,
+    /// What of the policy on disk is not in force.
+    #[serde(default)]
+    pub pending: Option<Pending>,
 }
 
 impl Status {
@@ -233,6 +254,8 @@ impl Status {
         } else if status.enforcing {
             status.degraded.push("no agent runs: the rules stay as they are, and nothing is reported".to_owned());
         }
+        status.others = others(pin_directory);
+        status.degraded.extend(status.others.iter().map(ToString::to_string));
         if sets.len() > 1 {
             status
                 .degraded
@@ -247,6 +270,7 @@ impl Status {
             degraded: Vec::new(),
             agent: Agent { running, abi: ABI_VERSION, ..Agent::default() },
             attached: Vec::new(),
+            others: Vec::new(),
             policy: None,
             scopes: Arc::default(),
             maps: Vec::new(),
@@ -308,6 +332,7 @@ impl Status {
             rules: None,
             last_error: None,
             changing_since: None,
+            pending: None,
         });
         self.maps = pinned::map_uses(set)?;
         let mut answers = BTreeMap::new();
@@ -335,17 +360,20 @@ impl Status {
             Ok(from_agent) => from_agent,
             Err(error) => return self.degraded.push(format!("the agent does not answer: {error}")),
         };
-        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names, .. } = from_agent;
-        let FromAgent { kubernetes, changing_since, silent, .. } = from_agent;
+        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names, .. } =
+            from_agent;
+        let FromAgent { kubernetes, changing_since, silent, pending, .. } = from_agent;
         self.is_stuck = silent.is_some();
-        self.degraded.extend(silent.map(|seconds| format!("the agent has followed nothing for {seconds} s: it hangs, or is busy")));
+        self.degraded.extend(
+            silent.map(|seconds| format!("the agent has followed nothing for {seconds} s: it hangs, or is busy")),
+        );
         self.degraded.extend(degraded);
         self.degraded.extend(kubernetes.iter().flat_map(kubernetes::Report::degraded));
         self.agent.since = Some(since);
         if let Some(policy) = &mut self.policy {
             (policy.documents, policy.rules) = (Some(documents), Some(rules));
             policy.last_error.clone_from(&last_error);
-            policy.changing_since = changing_since;
+            (policy.changing_since, policy.pending) = (changing_since, pending);
         }
         self.degraded.extend(last_error.map(|error| format!("the last good policy stays in force: {error}")));
         if !attached {
@@ -377,6 +405,23 @@ impl Status {
             (false, _) => 3,
         }
     }
+}
+
+/// Other filters of ours that judge what the sets of a pin directory judge. What cannot be asked is not known: none.
+pub fn others(pin_directory: &Path) -> Vec<Other> {
+    let Ok(mount) = cgroup::mount_point() else { return Vec::new() };
+    let (own, mut paths) = (pins::programs(pin_directory), CgroupPaths::new(mount.clone()));
+    let sets = pins::sets(pin_directory).unwrap_or_default();
+    let attached = sets.iter().flat_map(|set| pinned::attached(set)).filter(|(hook, _)| *hook == Hook::Connect4);
+    let cgroups: BTreeSet<u64> = attached.map(|(_, id)| id).collect();
+    let paths = cgroups.into_iter().filter_map(|id| paths.path(id, None).map(Path::to_owned));
+    let mut found: Vec<Other> = Vec::new();
+    for other in paths.flat_map(|path| others::find(&mount, &path, &own).unwrap_or_default()) {
+        if !found.contains(&other) {
+            found.push(other);
+        }
+    }
+    found
 }
 
 /// RFC 3339, in UTC.
@@ -423,6 +468,9 @@ impl fmt::Display for Status {
             writeln!(f, "\n           hash {}", policy.hash)?;
             if let Some(since) = &policy.changing_since {
                 writeln!(f, "           a change is being put in force since {since}")?;
+            }
+            if let Some(Pending { since, reason, .. }) = &policy.pending {
+                writeln!(f, "           on disk is another since {since}: {reason}")?;
             }
         }
         for scope in self.scopes.iter() {

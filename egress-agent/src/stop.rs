@@ -21,11 +21,9 @@ static LATE: AtomicI32 = AtomicI32::new(0);
 
 /// Ends the process at these signals from now on. What listens to them later is called as well.
 pub fn expect() -> io::Result<()> {
-    for (signal, handler) in [
-        (libc::SIGTERM, asked as extern "C" fn(libc::c_int)),
-        (libc::SIGINT, asked),
-        (libc::SIGALRM, late),
-    ] {
+    for (signal, handler) in
+        [(libc::SIGTERM, asked as extern "C" fn(libc::c_int)), (libc::SIGINT, asked), (libc::SIGALRM, late)]
+    {
         // SAFETY: a zeroed `sigaction` is one without flags and with an empty mask; both handlers have the type that it
         // takes without `SA_SIGINFO`, and do only what `signal-safety(7)` allows.
         let result = unsafe {

@@ -70,6 +70,11 @@ impl Place {
         self.bpffs.path().join("egress-exec")
     }
 
+    /// Where the control socket lies.
+    pub fn run_directory(&self) -> PathBuf {
+        self.run.path().to_owned()
+    }
+
     /// Tells a command of it, whatever the command is.
     pub fn tell(&self, command: &mut Command) {
         command
@@ -82,7 +87,7 @@ impl Place {
     /// Has the agent read its policies again, and waits until that is done: the generation in force.
     pub fn reload(&self) -> Result<u64> {
         let told: Reloaded = ask(&socket(self.run.path(), &self.pins()), Request::Reload)?;
-        match told.error {
+        match told.error.or(told.pending.map(|pending| pending.reason)) {
             Some(error) => bail!("the policies are not in force: {error}"),
             None => Ok(told.generation),
         }

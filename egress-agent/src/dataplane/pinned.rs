@@ -1,9 +1,11 @@
 //! Sets of pins that another process made, or this one: read, drained and removed.
 
 use std::{
-    fs, io,
-    os::fd::{AsFd, AsRawFd},
+    fs::{self, File},
+    io::{self, Read as _},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
+    thread,
 };
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, PerCpuArray, RingBuf};
@@ -97,10 +99,8 @@ fn map_use(set: &Path, name: &'static str, views: &[u32]) -> Result<MapUse, Data
             }
         }
         map::POLICY | map::SEGMENTS => {
-            for inner in inner_maps(data, views) {
-                entries += 1;
-                bytes += memory(&inner);
-            }
+            let inner = memory_of_inner(&data, views);
+            (entries, bytes) = (inner.0, bytes + inner.1);
         }
         map::HOSTS => {
             entries = count::<{ size_of::<FactKey>() }, { size_of::<NameKey>() }>(name, Map::LruHashMap(data))?;
@@ -122,14 +122,35 @@ fn count<const KEY: usize, const VALUE: usize>(name: &'static str, map: Map) -> 
 fn views(set: &Path) -> Result<Vec<u32>, DataplaneError> {
     let read = |cause| failed(map::VIEWS, "read", cause);
     let views = Array::<_, [u8; size_of::<Settings>()]>::try_from(Map::Array(open(set, map::VIEWS)?)).map_err(read)?;
-    let mut found = Vec::new();
-    for index in 0..views.len() {
-        let settings: Settings = transmute!(views.get(&index, 0).map_err(read)?);
-        if settings.is_there() {
-            found.push(index);
-        }
-    }
-    Ok(found)
+    let length = views.len();
+    let data = open(set, map::VIEWS)?;
+    let settings = sys::first_values::<[u8; size_of::<Settings>()]>(data.fd().as_fd(), length);
+    let is_there = |bytes: &[u8; size_of::<Settings>()]| {
+        let settings: Settings = transmute!(*bytes);
+        settings.is_there()
+    };
+    let settings = settings.or_else(|_| (0..length).map(|index| views.get(&index, 0)).collect::<Result<_, _>>());
+    let indices = (0..length).zip(settings.map_err(read)?);
+    Ok(indices.filter(|(_, settings)| is_there(settings)).map(|(index, _)| index).collect())
+}
+
+/// Threads that look at inner maps at the same time, each at no fewer than this: there may be thousands.
+const THREADS: usize = 4;
+const MIN_FOR_A_THREAD: usize = 256;
+
+/// How many maps elements of an array of maps point to, and what they take. Needs `CAP_SYS_ADMIN`, as [`inner_maps`].
+fn memory_of_inner(outer: &MapData, elements: &[u32]) -> (u64, u64) {
+    let outer = outer.fd().as_fd();
+    let look = |elements: &[u32]| {
+        let maps = elements.iter().filter_map(|&index| sys::inner(outer, index).ok());
+        maps.fold((0, 0), |(count, bytes), map| (count + 1, bytes + memory_at(map.as_fd())))
+    };
+    let share = elements.len().div_ceil(THREADS).max(MIN_FOR_A_THREAD);
+    let add = |all: (u64, u64), some: (u64, u64)| (all.0 + some.0, all.1 + some.1);
+    thread::scope(|scope| {
+        let looks: Vec<_> = elements.chunks(share).map(|share| scope.spawn(move || look(share))).collect();
+        looks.into_iter().map(|look| look.join().unwrap_or_default()).fold((0, 0), add)
+    })
 }
 
 /// The maps that elements of an array of maps point to. Needs `CAP_SYS_ADMIN`, as the kernel hands them out by id; without
@@ -142,7 +163,15 @@ fn inner_maps(outer: MapData, elements: &[u32]) -> Vec<MapData> {
 
 /// What the kernel charges for a map, as it tells in `/proc/self/fdinfo`; 0 if it does not.
 fn memory(map: &MapData) -> u64 {
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd())).unwrap_or_default();
+    memory_at(map.fd().as_fd())
+}
+
+fn memory_at(map: BorrowedFd<'_>) -> u64 {
+    // It is shorter than this, and comes whole.
+    let mut buffer = [0; 1024];
+    let told = File::open(format!("/proc/self/fdinfo/{}", map.as_raw_fd()));
+    let length = told.and_then(|mut told| told.read(&mut buffer)).unwrap_or(0);
+    let info = String::from_utf8_lossy(&buffer[..length]);
     let line = info.lines().find_map(|line| line.strip_prefix("memlock:"));
     line.and_then(|bytes| bytes.trim().parse().ok()).unwrap_or(0)
 }
@@ -151,6 +180,12 @@ fn memory(map: &MapData) -> u64 {
 pub fn attached(set: &Path) -> Vec<(Hook, u64)> {
     let cgroup = |path: &Path| sys::open_pin(path).and_then(|link| sys::link_cgroup(link.as_fd())).ok();
     links(set).into_iter().filter_map(|(hook, path)| Some((hook, cgroup(&path).filter(|&id| id != 0)?))).collect()
+}
+
+/// The ids of the programs of a set.
+pub fn programs(set: &Path) -> impl Iterator<Item = u32> {
+    let program = |path: &Path| sys::open_pin(path).and_then(|link| sys::link_program(link.as_fd())).ok();
+    links(set).into_iter().filter_map(move |(_, path)| program(&path))
 }
 
 /// The name of the pin of the link of a hook that is attached where it matters.
