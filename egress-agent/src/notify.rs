@@ -180,6 +180,7 @@ mod tests {
     fn a_manager_in_the_abstract_namespace_is_told() {
         let name = format!("egress-notify-{}", std::process::id());
         let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+        manager.set_nonblocking(true).unwrap();
         Notifier::new(Some(format!("@{name}").into())).ready("x");
         assert_eq!(unread(&manager), ["READY=1\nSTATUS=x\n"]);
     }

@@ -19,7 +19,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
     task::{JoinHandle, spawn_blocking},
-    time::{Instant, Interval, interval, interval_at, sleep_until},
+    time::{Instant, Interval, interval, interval_at, sleep, sleep_until},
 };
 
 use crate::{
@@ -705,8 +705,14 @@ enum Again {
 async fn undisturbed<T>(work: impl Future<Output = T>, outlets: &mut Outlets, signals: &mut Signals) -> Option<T> {
     let mut work = pin!(work);
     let mut pulse = interval(LOOK_AFTER);
+    let mut is_long = pin!(sleep(board::PATIENCE));
+    let mut is_told = false;
     loop {
         tokio::select! {
+            () = &mut is_long, if !is_told => {
+                is_told = true;
+                tracing::info!("a change takes its time: until it is made, the policy before is in force");
+            }
             _ = signals.terminate.recv() => return None,
             _ = signals.interrupt.recv() => return None,
             () = outlets.watchdog.tick() => outlets.notifier.alive(),

@@ -281,6 +281,9 @@ pub(crate) struct Looker {
 impl Looker {
     /// What is to be read, if something is. May take as long as the file system likes.
     pub(crate) fn look(&self) -> Option<PathBuf> {
+        if self.paths.is_empty() {
+            return None;
+        }
         let finished = self.unfinished.iter().find(|file| !is_unfinished(&file.path));
         finished
             .map(|file| file.path.to_path_buf())
