@@ -588,9 +588,13 @@ impl Outlets {
         let Some(applied) = undisturbed(apply, self, signals).await else { return Ok(None) };
         let (mut state, result) = applied?;
         let retry = state.conclude(again, &result, &mut self.notifier);
+        // Whoever reads of it in the log finds it in the status.
         self.post(&state, resolver, &Looking::default());
         self.board.end();
-        Ok(Some((state, retry)))
+        let Ok(applied) = result else { return Ok(Some((state, retry))) };
+        state.tell_applied(&applied);
+        let tidied = undisturbed(on_a_thread(state, State::tidy), self, signals).await;
+        Ok(tidied.transpose()?.map(|(state, ())| (state, retry)))
     }
 }
 
@@ -731,7 +735,7 @@ async fn apply_again(
     again: Again,
     state: State,
     resolver: &mut Resolver,
-) -> Result<(State, Result<(), RunError>), RunError> {
+) -> Result<(State, Result<Applied, RunError>), RunError> {
     let (state, policy) = match again {
         Again::Files => on_a_thread(state, |state| state.source.read()).await?,
         Again::Objects => on_a_thread(state, |state| Ok(state.source.merged())).await?,
@@ -774,24 +778,32 @@ async fn on_a_thread<T: Send + 'static>(
 }
 
 impl State {
-    fn put_in_force(&mut self, policy: Policy, names: Names) -> Result<(), RunError> {
+    fn put_in_force(&mut self, policy: Policy, names: Names) -> Result<Applied, RunError> {
         existing::expect(&policy.set)?;
         let hosts = names.clone();
         let applied = self.enforcement.adopt(self.source.selector(&policy, names))?;
         self.hosts.set(&hosts);
         self.pods.set(self.enforcement.pods().clone());
-        let Applied { generation, is_changed, scopes, rules, prefixes, segments } = applied;
         self.policy = policy;
-        self.rules = rules;
+        self.rules = applied.rules;
+        Ok(applied)
+    }
+
+    /// Tells the log what is in force.
+    fn tell_applied(&self, applied: &Applied) {
+        let Applied { generation, is_changed, scopes, rules, prefixes, segments } = *applied;
         if is_changed {
             let documents = self.policy.documents;
             tracing::info!(generation, documents, rules, scopes, prefixes, segments, "policy applied");
         } else {
             tracing::info!(generation, "policy unchanged");
         }
+    }
+
+    /// Ends connections that are refused from now on, and removes what the change left behind.
+    fn tidy(&mut self) {
         self.enforcement.terminate();
         self.enforcement.clean();
-        Ok(())
     }
 
     /// Pods came, went or were labelled anew, and the policies are the same.
@@ -802,13 +814,18 @@ impl State {
     }
 
     /// Tells how it went, and when it is to be tried again.
-    fn conclude(&mut self, again: Again, result: &Result<(), RunError>, notifier: &mut Notifier) -> Option<Duration> {
+    fn conclude(
+        &mut self,
+        again: Again,
+        result: &Result<Applied, RunError>,
+        notifier: &mut Notifier,
+    ) -> Option<Duration> {
         if again == Again::Files || result.is_err() {
             self.pend(result);
         }
         let generation = self.enforcement.dataplane.meta().generation();
         let (status, retry) = match result {
-            Ok(()) => (format!("generation {generation}"), None),
+            Ok(_) => (format!("generation {generation}"), None),
             Err(RunError::Load(error @ LoadError::BeingWritten { .. })) => {
                 tracing::info!(generation, "{error}");
                 (format!("generation {generation}"), Some(RETRY))
@@ -826,11 +843,11 @@ impl State {
     }
 
     /// Notes what of the policy on disk is not in force.
-    fn pend(&mut self, result: &Result<(), RunError>) {
+    fn pend<T>(&mut self, result: &Result<T, RunError>) {
         let unfinished = self.source.unfinished().first();
         let (reason, file, may_pass) = match (result, unfinished) {
-            (Ok(()), None) => return self.pending = None,
-            (Ok(()), Some(file)) => (file.to_string(), Some(file.path.to_path_buf()), true),
+            (Ok(_), None) => return self.pending = None,
+            (Ok(_), Some(file)) => (file.to_string(), Some(file.path.to_path_buf()), true),
             (Err(RunError::Load(error @ LoadError::BeingWritten { path })), _) => {
                 (error.to_string(), Some(path.clone()), true)
             }
