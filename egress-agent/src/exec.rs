@@ -166,8 +166,8 @@ pub struct Limits {
 impl Limits {
     /// Sets them for this process.
     fn set(&self) -> Result<(), Errno> {
-        setrlimit(Resource::Memlock, self.locked_memory.clone())?;
-        setrlimit(Resource::Nofile, self.descriptors.clone())
+        setrlimit(Resource::Memlock, self.locked_memory)?;
+        setrlimit(Resource::Nofile, self.descriptors)
     }
 }
 

@@ -6,6 +6,7 @@
 use std::{
     collections::VecDeque,
     ffi::{OsStr, OsString},
+    fmt::Write as _,
     io,
     os::{
         linux::net::SocketAddrExt,
@@ -126,7 +127,11 @@ fn offer(path: &OsStr, message: &str) -> io::Result<()> {
 }
 
 fn text(states: &[NotifyState<'_>]) -> String {
-    states.iter().map(|state| format!("{state}\n")).collect()
+    states.iter().fold(String::new(), |mut text, state| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{state}");
+        text
+    })
 }
 
 #[cfg(test)]

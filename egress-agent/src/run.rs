@@ -223,7 +223,7 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8], mut notifier: Not
     let rules = applied.rules;
     let place = Place { mount, pins: args.pin_dir.clone() };
     let mut state =
-        State { source, enforcement, policy, hosts, pods, rules, last_error, pending, started, company, place };
+        State { source, enforcement, policy, hosts, pods, rules, last_error, pending, company, place, started };
     state.pend(&Ok(()));
     // Whoever waits for the start may ask at once.
     let board = Arc::new(Board::new(state.tell(&resolver)));
@@ -584,7 +584,7 @@ impl Outlets {
     ) -> Result<Option<(State, Option<Duration>)>, RunError> {
         self.board.begin(if again == Again::Names { Changing::Names } else { Changing::Policies });
         self.notifier.reloading();
-        let apply = apply_again(again, state, resolver);
+        let apply = Box::pin(apply_again(again, state, resolver));
         let Some(applied) = undisturbed(apply, self, signals).await else { return Ok(None) };
         let (mut state, result) = applied?;
         let retry = state.conclude(again, &result, &mut self.notifier);

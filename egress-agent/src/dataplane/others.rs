@@ -10,7 +10,7 @@ use std::{
     fs::File,
     io,
     os::fd::AsFd,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use egress_common::{Hook, Meta, map};
@@ -81,7 +81,7 @@ fn foreign(cgroup: &File, own: &BTreeSet<u32>) -> io::Result<BTreeMap<u32, Hook>
 }
 
 /// The filters that programs on one cgroup make up.
-fn sets(foreign: &BTreeMap<u32, Hook>, cgroup: &PathBuf) -> Vec<Other> {
+fn sets(foreign: &BTreeMap<u32, Hook>, cgroup: &Path) -> Vec<Other> {
     let cgroup = cgroup.display().to_string();
     let mut known = Vec::new();
     for &id in foreign.keys() {

@@ -120,7 +120,7 @@ struct ById {
 struct Query {
     target_fd: u32,
     kind: u32,
-    query_flags: u32,
+    flags: u32,
     attach_flags: u32,
     ids: u64,
     /// In: how many there is room for. Out: how many there are.
@@ -169,9 +169,9 @@ struct MapInfo {
 /// The ids of the programs that are attached to a cgroup itself. `kind` is of `enum bpf_attach_type`. Takes `CAP_NET_ADMIN`.
 pub(super) fn programs(cgroup: BorrowedFd<'_>, kind: u32) -> io::Result<Vec<u32>> {
     let mut ids = [0_u32; MAX_PROGRAMS];
-    let (count, [query_flags, attach_flags, padding]) = (u32::try_from(ids.len()).unwrap_or(0), [0; 3]);
+    let (count, [flags, attach_flags, padding]) = (u32::try_from(ids.len()).unwrap_or(0), [0; 3]);
     let pointer = ids.as_mut_ptr() as u64;
-    let mut query = Query { target_fd: fd(cgroup), kind, query_flags, attach_flags, ids: pointer, count, padding };
+    let mut query = Query { target_fd: fd(cgroup), kind, flags, attach_flags, ids: pointer, count, padding };
     // SAFETY: the kernel reads and writes the attributes, and writes at most `count` ids, for which there is room.
     let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>()) };
     if result < 0 {
