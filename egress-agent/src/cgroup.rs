@@ -1,15 +1,27 @@
 //! Cgroups: where the cgroup2 hierarchy is mounted, which cgroup a path means, and which path an id has.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet, VecDeque},
     ffi::{OsStr, OsString},
-    fs::{self, File},
+    fs::{self, DirEntry, File},
     io,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{DirEntryExt, MetadataExt},
+        },
+    },
     path::{Component, Path, PathBuf},
+    time::{Duration, Instant},
 };
 
-use rustix::{fs::statfs, thread::gettid};
+use egress_common::MAX_LEVEL;
+use rustix::{
+    fs::{CWD, Mode, OFlags, statfs},
+    io::Errno,
+    thread::gettid,
+};
 use thiserror::Error;
 
 use crate::mounts;
@@ -96,6 +108,45 @@ fn inode_on_cgroup2(path: &Path) -> Option<u64> {
     meta?.ok().map(|meta| meta.ino())
 }
 
+/// A directory, by a path that system calls take however long its own is: cgroups can be nested as deep as their owner likes.
+#[derive(Debug)]
+pub(crate) struct Reached {
+    path: PathBuf,
+    /// What the path leads through.
+    _directory: Option<OwnedFd>,
+}
+
+impl std::ops::Deref for Reached {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Reaches a directory. What is too long for one system call (`PATH_MAX`), with a name appended, is opened piece by piece.
+pub(crate) fn reach(directory: &Path) -> io::Result<Reached> {
+    const MAX_PATH: usize = 4096 - 256;
+    const MAX_NAMES: usize = 8;
+    if directory.as_os_str().len() <= MAX_PATH {
+        return Ok(Reached { path: directory.to_owned(), _directory: None });
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut reached = rustix::fs::openat(CWD, "/", flags, Mode::empty())?;
+    let names: Vec<&OsStr> = below(directory).iter().collect();
+    for names in names.chunks(MAX_NAMES) {
+        reached = rustix::fs::openat(&reached, names.iter().collect::<PathBuf>(), flags, Mode::empty())?;
+    }
+    let path = PathBuf::from(format!("/proc/self/fd/{}", reached.as_raw_fd()));
+    Ok(Reached { path, _directory: Some(reached) })
+}
+
+/// Whether an error says that a cgroup is gone.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    let gone = [Errno::NOENT, Errno::NOTDIR, Errno::NODEV];
+    gone.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
 /// An open cgroup to attach to.
 #[derive(Debug)]
 pub struct Cgroup {
@@ -111,6 +162,13 @@ impl Cgroup {
     /// Whether it is the root of the hierarchy.
     pub fn is_root(&self) -> bool {
         self.path == Path::new("/")
+    }
+
+    /// Opens the cgroup at a path below the mount.
+    pub(crate) fn at(mount: &Path, path: &Path) -> io::Result<Self> {
+        let directory = File::open(&*reach(&mount.join(path))?)?;
+        let id = directory.metadata()?.ino();
+        Ok(Self { directory, id, path: Path::new("/").join(path) })
     }
 
     /// Opens the cgroup a user means: a directory of the cgroup2 file system, or a path below its mount. A directory of
@@ -159,19 +217,41 @@ fn cgroup2_path(cgroups: &[u8]) -> Option<PathBuf> {
 
 /// Every directory of a mount. What goes away meanwhile is no longer there to be listed.
 pub(crate) fn directories(mount: &Path) -> impl Iterator<Item = PathBuf> {
-    let mut todo = vec![mount.to_owned()];
+    found_below(mount).map(|found| found.directory)
+}
+
+/// A cgroup that was found.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) directory: PathBuf,
+    pub(crate) id: u64,
+    /// The id of the one above it, unless the search began here.
+    pub(crate) parent: Option<u64>,
+}
+
+/// A cgroup and every one below it, each after the one above it. What goes away meanwhile is no longer there to be found.
+pub(crate) fn found_below(top: &Path) -> impl Iterator<Item = Found> {
+    let mut todo = vec![(top.to_owned(), None)];
     std::iter::from_fn(move || {
-        let directory = todo.pop()?;
-        todo.extend(children(&directory).map(|name| directory.join(name)));
-        Some(directory)
+        loop {
+            let (directory, parent) = todo.pop()?;
+            let Ok(id) = reach(&directory).and_then(|path| fs::metadata(&*path)).map(|meta| meta.ino()) else {
+                continue;
+            };
+            todo.extend(children(&directory).into_iter().flatten().map(|name| (directory.join(name), Some(id))));
+            return Some(Found { directory, id, parent });
+        }
     })
 }
 
 /// The names of the cgroups directly below one. What goes away meanwhile is no longer there to be listed.
-pub(crate) fn children(directory: &Path) -> impl Iterator<Item = OsString> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let children = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    children.map(|entry| entry.file_name())
+pub(crate) fn children(directory: &Path) -> io::Result<impl Iterator<Item = OsString>> {
+    Ok(directory_entries(&reach(directory)?)?.map(|entry| entry.file_name()))
+}
+
+fn directory_entries(directory: &Path) -> io::Result<impl Iterator<Item = DirEntry> + use<>> {
+    let entries = fs::read_dir(directory)?.flatten();
+    Ok(entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())))
 }
 
 /// The path of a cgroup without its leading slash, as it is below a mount of the hierarchy.
@@ -183,59 +263,164 @@ fn is_on_cgroup2(path: &Path) -> bool {
     statfs(path).is_ok_and(|system| u64::try_from(system.f_type) == Ok(CGROUP2_SUPER_MAGIC))
 }
 
+/// The path of a cgroup by its id alone, without looking through the hierarchy. Takes `CAP_DAC_READ_SEARCH`; `None` without
+/// it, and where the cgroup is gone.
+fn by_handle(mount: &Path, id: u64) -> Option<PathBuf> {
+    /// `struct file_handle` with the handle of a file of kernfs (`FILEID_KERNFS` of `linux/exportfs.h`).
+    #[repr(C)]
+    struct Handle {
+        bytes: u32,
+        kind: i32,
+        id: [u8; 8],
+    }
+    let directory = File::open(mount).ok()?;
+    let mut handle = Handle { bytes: 8, kind: 0xfe, id: id.to_ne_bytes() };
+    let flags = libc::O_PATH | libc::O_CLOEXEC;
+    let (at, handle) = (directory.as_raw_fd(), &raw mut handle);
+    // SAFETY: the kernel reads the handle, which is as long as it says, and writes nothing there.
+    let opened = unsafe { libc::syscall(libc::SYS_open_by_handle_at, at, handle, flags) };
+    let opened = RawFd::try_from(opened).ok().filter(|fd| *fd >= 0)?;
+    // SAFETY: the kernel just gave us this descriptor, and nobody else knows it.
+    let opened = unsafe { OwnedFd::from_raw_fd(opened) };
+    let path = fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd())).ok()?;
+    let is_it = fs::metadata(&path).is_ok_and(|meta| meta.ino() == id);
+    is_it.then(|| path.strip_prefix(mount).map(|below| Path::new("/").join(below)).ok())?
+}
+
 /// Finds the path of a cgroup by its id, which is the inode number of its directory.
 #[derive(Debug)]
 pub struct CgroupPaths {
     mount: PathBuf,
-    /// `None` for those that were gone.
-    known: HashMap<u64, Option<PathBuf>>,
+    known: HashMap<u64, PathBuf>,
+    /// Bytes of what is known.
+    bytes: usize,
+    /// Those that were looked for and are gone; no other cgroup gets their ids.
+    gone: HashSet<u64>,
+    /// How long the whole hierarchy may be walked, and from when on it may be again; without a bound, as often as asked.
+    patience: Option<Duration>,
+    next_walk: Option<Instant>,
 }
+
+/// Most cgroups that are remembered where that is bounded, and most bytes of their paths.
+const MAX_KNOWN: usize = 1 << 15;
+const MAX_KNOWN_BYTES: usize = 4 << 20;
+/// A walk of the hierarchy takes no longer than this, where that is bounded, and there is one a second.
+const MAX_WALK: Duration = Duration::from_millis(100);
+const WALK_AGAIN: Duration = Duration::from_secs(1);
 
 impl CgroupPaths {
     /// Paths below a cgroup2 mount.
     pub fn new(mount: PathBuf) -> Self {
-        Self { mount, known: HashMap::new() }
+        Self { mount, known: HashMap::new(), bytes: 0, gone: HashSet::new(), patience: None, next_walk: None }
     }
 
-    /// The path from the root of the hierarchy. `pid` is a process that was in the cgroup: its own entry in `/proc`
-    /// saves a walk over the whole tree. `None` if the cgroup was gone before it was looked for.
-    pub fn path(&mut self, id: u64, pid: Option<u32>) -> Option<&Path> {
-        if !self.known.contains_key(&id) {
-            match pid.and_then(|pid| self.of_process(id, pid)) {
-                Some(path) => drop(self.known.insert(id, Some(path))),
-                None => self.walk(),
-            }
-            // A cgroup that is gone is not looked for again.
-            self.known.entry(id).or_insert(None);
+    /// The same for whoever must not be held up, however many cgroups there are, and however many come and go: what would
+    /// take longer, or more memory, is not known.
+    #[must_use]
+    pub fn bounded(self) -> Self {
+        Self { patience: Some(MAX_WALK), ..self }
+    }
+
+    /// The path from the root of the hierarchy. `None` if the cgroup is gone, or is not known.
+    pub fn path(&mut self, id: u64) -> Option<&Path> {
+        if !self.known.contains_key(&id)
+            && let Some(path) = by_handle(&self.mount, id)
+        {
+            self.insert(id, path);
         }
-        self.known.get(&id)?.as_deref()
+        if !self.known.contains_key(&id) && !self.gone.contains(&id) && self.may_walk() && self.walk() {
+            // A cgroup that is gone is not looked for again.
+            if !self.known.contains_key(&id) {
+                self.gone.insert(id);
+            }
+        }
+        self.known.get(&id).map(PathBuf::as_path)
     }
 
-    /// The ids of the cgroups above one at a path, the nearest first.
-    pub fn above(&self, path: &Path) -> impl Iterator<Item = u64> {
-        let below = |above: &Path| fs::metadata(self.mount.join(below(above))).ok().map(|meta| meta.ino());
-        path.ancestors().skip(1).filter_map(below).collect::<Vec<_>>().into_iter()
+    /// Whether the path is known without looking.
+    pub fn knows(&self, id: u64) -> bool {
+        self.known.contains_key(&id)
     }
 
-    fn of_process(&self, id: u64, pid: u32) -> Option<PathBuf> {
-        let path = cgroup2_path(&fs::read(format!("/proc/{pid}/cgroup")).ok()?)?;
-        let is_it = fs::metadata(self.mount.join(&path)).is_ok_and(|meta| meta.ino() == id);
-        is_it.then(|| Path::new("/").join(path))
+    /// Learns the path of a cgroup from what `/proc` tells of a process that was in it, which saves a walk.
+    pub fn learn(&mut self, id: u64, told: &[u8]) {
+        let Some(path) = cgroup2_path(told) else { return };
+        if fs::metadata(self.mount.join(&path)).is_ok_and(|meta| meta.ino() == id) {
+            self.insert(id, Path::new("/").join(path));
+        }
     }
 
-    /// Learns every cgroup there is, and forgets the others.
-    fn walk(&mut self) {
-        let known = directories(&self.mount).filter_map(|directory| {
-            let id = fs::metadata(&directory).ok()?.ino();
-            let below = directory.strip_prefix(&self.mount).unwrap_or(&directory);
-            Some((id, Some(Path::new("/").join(below))))
-        });
-        self.known = known.collect();
+    /// The ids of the cgroups above one at a path, the nearest first, of those that can be placed.
+    pub fn above(&self, path: &Path) -> Vec<u64> {
+        let id = |above: &Path| fs::metadata(self.mount.join(below(above))).ok().map(|meta| meta.ino());
+        let depth = path.components().count().saturating_sub(1);
+        let too_deep = depth.saturating_sub(1).saturating_sub(MAX_LEVEL.into());
+        path.ancestors().skip(1 + too_deep).filter_map(id).collect()
     }
+
+    fn may_walk(&self) -> bool {
+        self.patience.is_none() || self.next_walk.is_none_or(|at| Instant::now() >= at)
+    }
+
+    /// Learns every cgroup there is, those nearest to the root first, and forgets the others. Whether these are all.
+    fn walk(&mut self) -> bool {
+        let until = self.patience.map(|patience| Instant::now() + patience);
+        let before = std::mem::take(&mut self.known);
+        self.bytes = 0;
+        self.gone.clear();
+        let mut is_whole = inode(&self.mount).is_some_and(|id| self.insert(id, PathBuf::from("/")));
+        let mut todo = VecDeque::from([PathBuf::from("/")]);
+        while let Some(path) = todo.pop_front() {
+            if until.is_some_and(|until| Instant::now() > until) {
+                is_whole = false;
+                break;
+            }
+            for entry in directory_entries(&self.mount.join(below(&path))).into_iter().flatten() {
+                let child = path.join(entry.file_name());
+                is_whole &= self.insert(entry.ino(), child.clone());
+                if is_whole && has_children(&self.mount.join(below(&child))) {
+                    todo.push_back(child);
+                }
+            }
+        }
+        if !is_whole {
+            for (id, path) in before {
+                if !self.known.contains_key(&id) {
+                    self.insert(id, path);
+                }
+            }
+        }
+        self.next_walk = Some(Instant::now() + WALK_AGAIN);
+        is_whole
+    }
+
+    /// Whether there was room.
+    fn insert(&mut self, id: u64, path: PathBuf) -> bool {
+        let size = path.as_os_str().len() + size_of::<(u64, PathBuf)>();
+        let is_full = self.known.len() >= MAX_KNOWN || self.bytes + size > MAX_KNOWN_BYTES;
+        if is_full && self.patience.is_some() {
+            return false;
+        }
+        self.bytes += size;
+        if let Some(before) = self.known.insert(id, path) {
+            self.bytes -= before.as_os_str().len() + size_of::<(u64, PathBuf)>();
+        }
+        true
+    }
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|meta| meta.ino())
+}
+
+/// Whether a cgroup has some below it: a directory has a link from each of those in it, one from where it is, and its own.
+fn has_children(directory: &Path) -> bool {
+    fs::metadata(directory).is_ok_and(|meta| meta.nlink() > 2)
 }
 
 /// The processes in a cgroup; of a threaded one, the threads, which alone are told.
 pub(crate) fn tasks(directory: &Path) -> Vec<u32> {
+    let Ok(directory) = reach(directory) else { return Vec::new() };
     let read = |name| fs::read_to_string(directory.join(name));
     let tasks = read("cgroup.procs").or_else(|_| read("cgroup.threads")).unwrap_or_default();
     tasks.lines().filter_map(|pid| pid.parse().ok()).collect()
@@ -243,15 +428,17 @@ pub(crate) fn tasks(directory: &Path) -> Vec<u32> {
 
 /// The systemd unit that a cgroup belongs to: the first component of its path that is not a slice, if that is a service,
 /// scope or the like. What stands below it was made by the unit itself, which could take another unit's name there.
-pub fn unit(path: &Path) -> Option<&str> {
-    const UNIT_TYPES: [&str; 5] = ["service", "scope", "socket", "mount", "swap"];
-    let mut components = path.iter().filter(|&component| component != "/").map(OsStr::to_str);
-    let name = components.find(|name| name.and_then(unit_type) != Some("slice"))??;
+pub fn unit(path: &Path) -> Option<&OsStr> {
+    const UNIT_TYPES: [&[u8]; 5] = [b"service", b"scope", b"socket", b"mount", b"swap"];
+    let mut components = path.iter().filter(|&component| component != "/");
+    let name = components.find(|name| unit_type(name) != Some(b"slice"))?;
     unit_type(name).is_some_and(|kind| UNIT_TYPES.contains(&kind)).then_some(name)
 }
 
-fn unit_type(name: &str) -> Option<&str> {
-    name.rsplit_once('.').map(|(_, kind)| kind)
+fn unit_type(name: &OsStr) -> Option<&[u8]> {
+    let name = name.as_bytes();
+    let dot = name.iter().rposition(|&byte| byte == b'.')?;
+    Some(&name[dot + 1..])
 }
 
 /// The container that a cgroup belongs to: 64 hexadecimal digits, as containerd, CRI-O, Docker and Podman name it, alone
@@ -341,12 +528,13 @@ mod tests {
         assert_eq!(container_id(Path::new(&pod)), Some(id.as_str()));
         assert_eq!(container_id(Path::new(&format!("/docker/{id}/child"))), Some(id.as_str()));
         assert_eq!(container_id(Path::new("/system.slice/nginx.service")), None);
-        assert_eq!(unit(Path::new(&pod)), Some(format!("cri-containerd-{id}.scope").as_str()));
+        assert_eq!(unit(Path::new(&pod)), Some(OsStr::new(&format!("cri-containerd-{id}.scope"))));
     }
 
     #[test]
     fn a_unit_is_the_first_that_is_no_slice() {
-        let check = |path: &str, expected| assert_eq!(unit(Path::new(path)), expected, "{path}");
+        let check =
+            |path: &str, expected: Option<&str>| assert_eq!(unit(Path::new(path)), expected.map(OsStr::new), "{path}");
         check("/system.slice/nginx.service/worker", Some("nginx.service"));
         check("/system.slice/nginx.service/sshd.service", Some("nginx.service"));
         check("/user.slice/user-1000.slice/user@1000.service/app.slice/foo.service", Some("user@1000.service"));
@@ -357,6 +545,8 @@ mod tests {
         check("/kubepods/burstable", None);
         check("/system.slice", None);
         check("/", None);
-        assert_eq!(unit(Path::new(OsStr::from_bytes(b"/\xff.slice/sshd.service"))), None);
+        let bytes = |bytes: &'static [u8]| OsStr::from_bytes(bytes);
+        assert_eq!(unit(Path::new(bytes(b"/\xff.slice/a\xfe.service/x"))), Some(bytes(b"a\xfe.service")));
+        assert_eq!(unit(Path::new(bytes(b"/\xff/sshd.service"))), None);
     }
 }

@@ -22,6 +22,7 @@ use crate::{
         load::{LoadError, LoadOptions, Loaded, MAX_FILE, load},
         yaml::Span,
     },
+    text,
 };
 
 /// What was found: fields are only ever added to the shape.
@@ -73,7 +74,7 @@ impl Report {
     pub fn write(&self, out: &mut impl Write, output: Output, color: Color) -> io::Result<()> {
         match output {
             Output::Json => {
-                serde_json::to_writer(&mut *out, self)?;
+                text::to_json(&mut *out, self)?;
                 writeln!(out)
             }
             Output::Text => {

@@ -345,8 +345,8 @@ pub struct StatusArgs {
 #[command(after_help = "\
 Policies are read again by themselves when their files change; this is for when that is not noticed, and for scripts.
 
-Exit status: 0 the agent was told, or with --wait the policy is in force; 1 it is invalid, and the one before stays in force;
-2 no agent was reached.
+Exit status: 0 the agent was told, or with --wait the policy is in force; 1 it is not: it is invalid, a file of it is open for
+writing, or it takes longer than --timeout; 2 no agent was reached.
 
 Example:
   egress-agent reload --wait")]
@@ -357,6 +357,9 @@ pub struct ReloadArgs {
     /// Wait until the policies are read and in force.
     #[arg(long)]
     pub wait: bool,
+    /// How long to wait at most.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "wait", value_parser = clap::value_parser!(u64).range(1..))]
+    pub timeout: u64,
 }
 
 /// Arguments of `detach`.

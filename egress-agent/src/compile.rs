@@ -13,7 +13,7 @@ use egress_common::{Action, RuleId};
 use ipnet::IpNet;
 
 use crate::{
-    policy::{HostPattern, L4, Mode, PolicySet, RuleName, Selector},
+    policy::{EgressPolicy, HostPattern, L4, Mode, PolicySet, RuleName, Selector},
     ruleset::{Ruleset, rule_id},
     workload::{Workload, selects_any},
 };
@@ -173,12 +173,23 @@ pub struct Ports {
 
 /// Compiles what the policies say of one workload.
 pub fn compile(policies: &PolicySet, workload: &Workload, context: &Context) -> Result<Ruleset, CompileError> {
-    let view = |mode| combine::combine(policies, workload, context, mode);
+    let serves_dns = selects_any(&context.shared_resolvers, workload);
+    let ruleset = compile_selecting(policies, &combine::selecting(policies, workload), workload, context)?;
+    Ok(if serves_dns { ruleset.with_dns_service() } else { ruleset })
+}
+
+/// The same, where it is known which policies select the workload, of which nothing else matters then but its pod. It does not
+/// resolve names for the whole host.
+pub(crate) fn compile_selecting(
+    policies: &PolicySet,
+    selecting: &[&EgressPolicy],
+    workload: &Workload,
+    context: &Context,
+) -> Result<Ruleset, CompileError> {
+    let view = |mode| combine::combine_selecting(policies, selecting, workload, context, mode);
     // The enforcing view always exists: where no policy enforces, the node default does.
     let enforcing = view(Mode::Enforce).unwrap_or_else(Combined::allow_any);
-    let ruleset = assemble(&enforcing, view(Mode::Audit).as_ref())?;
-    let serves_dns = selects_any(&context.shared_resolvers, workload);
-    Ok(if serves_dns { ruleset.with_dns_service() } else { ruleset })
+    assemble(&enforcing, view(Mode::Audit).as_ref())
 }
 
 /// Flattens both views over one table of rule names, which is sorted as far as the names say and so the same for the

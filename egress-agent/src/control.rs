@@ -1,6 +1,7 @@
 //! The agent's control socket: one JSON line in, one out. `status` and `reload` are its clients.
 //!
-//! It lies in the run directory, one for each pin directory, and answers root alone.
+//! It lies in the run directory, one for each pin directory, and answers root alone. A thread of its own answers, from what
+//! the event loop posted last where that is busy: `status` waits for nothing.
 
 use std::{
     fmt::Write as _,
@@ -9,9 +10,11 @@ use std::{
     os::unix::{
         ffi::OsStrExt,
         fs::{DirBuilderExt, PermissionsExt},
-        net::UnixStream as BlockingStream,
+        net::{UnixListener as BlockingListener, UnixStream as BlockingStream},
     },
     path::{Path, PathBuf},
+    sync::Arc,
+    thread,
     time::Duration,
 };
 
@@ -20,8 +23,11 @@ use sha2::{Digest, Sha256};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
+    time::{sleep, timeout},
 };
+
+use crate::board::Board;
 
 /// What can be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,17 +39,8 @@ pub enum Request {
     Reload,
 }
 
-impl Request {
-    /// How long its answer is waited for. A large policy takes its time; whoever asks how things are has none.
-    const fn patience(self) -> Duration {
-        match self {
-            Self::Status => Duration::from_secs(2),
-            Self::Reload => Duration::from_mins(10),
-        }
-    }
-}
-
-/// A request with the place for its answer, which is one JSON value.
+/// A request with the place for its answer: of [`Request::Reload`] one JSON value; of [`Request::Status`] nothing, once the
+/// loop has posted anew.
 #[derive(Debug)]
 pub(crate) struct Asked {
     pub(crate) request: Request,
@@ -81,27 +78,35 @@ pub(crate) struct Control {
 
 /// Longest request, in bytes.
 const LONGEST: u64 = 4096;
-/// How long a client may take to ask.
+/// How long a client may take to ask, or to take its answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Most clients at a time: others wait to be accepted, so that clients never take the descriptors of the agent.
+const MAX_CLIENTS: usize = 64;
+/// Most of them that wait for a reload, so that there is always one left who may ask for the status.
+const MAX_WAITING: usize = 32;
+/// How long a client waits for a reload at most.
+const RELOAD_PATIENCE: Duration = Duration::from_mins(10);
+/// How long the loop is given to post anew before what it posted last is the answer.
+const FRESH: Duration = Duration::from_millis(30);
+/// How long nothing is accepted after that failed.
+const PAUSE: Duration = Duration::from_millis(100);
 
 impl Control {
-    /// Listens. Whoever holds the claim on the pin directory owns the socket, so one that is left there is removed. Must
-    /// be called in a tokio runtime.
-    pub(crate) fn listen(path: PathBuf) -> io::Result<Self> {
+    /// Listens. Whoever holds the claim on the pin directory owns the socket, so one that is left there is removed.
+    pub(crate) fn listen(path: PathBuf, board: Arc<Board>) -> io::Result<Self> {
         let directory = path.parent().unwrap_or(Path::new("/"));
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let listener = UnixListener::bind(&path)?;
+        let listener = BlockingListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
         let (sender, requests) = mpsc::channel(16);
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(tokio::time::timeout(Duration::from_mins(10), serve(stream, sender.clone())));
-            }
-        });
+        let desk = Arc::new(Desk { board, requests: sender, waiting: Semaphore::new(MAX_WAITING) });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        thread::Builder::new().name("control".to_owned()).spawn(move || runtime.block_on(accept(listener, desk)))?;
         Ok(Self { path, requests })
     }
 
@@ -121,25 +126,88 @@ impl Drop for Control {
     }
 }
 
-/// One client. Whatever fails here fails for the client alone.
-async fn serve(stream: UnixStream, requests: mpsc::Sender<Asked>) -> io::Result<()> {
-    let own = rustix::process::geteuid().as_raw();
-    if ![0, own].contains(&stream.peer_cred()?.uid()) {
-        return Ok(());
+/// Whoever answers.
+struct Desk {
+    board: Arc<Board>,
+    requests: mpsc::Sender<Asked>,
+    waiting: Semaphore,
+}
+
+/// Accepts clients for ever. What fails there, such as having no descriptor left, passes.
+async fn accept(listener: BlockingListener, desk: Arc<Desk>) {
+    let listener = match UnixListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, "the control socket is not answered"),
+    };
+    let clients = Arc::new(Semaphore::new(MAX_CLIENTS));
+    let mut is_failing = false;
+    loop {
+        // It is never closed.
+        let Ok(client) = Arc::clone(&clients).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                is_failing = false;
+                let desk = Arc::clone(&desk);
+                tokio::spawn(async move {
+                    // Whatever fails there fails for the client alone.
+                    let _ = desk.serve(stream).await;
+                    drop(client);
+                });
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut is_failing, true) {
+                    tracing::warn!(%error, "cannot accept clients of the control socket; tried again");
+                }
+                sleep(PAUSE).await;
+            }
+        }
     }
-    let (reader, mut writer) = stream.into_split();
-    let mut line = String::new();
-    let mut reader = tokio::io::BufReader::new(reader.take(LONGEST));
-    tokio::time::timeout(PATIENCE, reader.read_line(&mut line)).await.map_err(io::Error::from)??;
-    let (answer, answered) = oneshot::channel();
-    let request = serde_json::from_str(&line)?;
-    if requests.send(Asked { request, answer }).await.is_ok()
-        && let Ok(mut text) = answered.await
-    {
+}
+
+impl Desk {
+    async fn serve(&self, stream: UnixStream) -> io::Result<()> {
+        let own = rustix::process::geteuid().as_raw();
+        if ![0, own].contains(&stream.peer_cred()?.uid()) {
+            return Ok(());
+        }
+        let (reader, mut writer) = stream.into_split();
+        let mut line = String::new();
+        let mut limited = tokio::io::BufReader::new(reader.take(LONGEST));
+        timeout(PATIENCE, limited.read_line(&mut line)).await??;
+        let mut text = match serde_json::from_str(&line)? {
+            Request::Status => self.status().await,
+            Request::Reload => timeout(RELOAD_PATIENCE, self.reload()).await??,
+        };
         text.push('\n');
-        writer.write_all(text.as_bytes()).await?;
+        timeout(PATIENCE, writer.write_all(text.as_bytes())).await?
     }
-    Ok(())
+
+    /// The loop is asked to post anew, and not waited for.
+    async fn status(&self) -> String {
+        if !self.board.is_changing() {
+            let (answer, answered) = oneshot::channel();
+            let fresh = async {
+                let asked = Asked { request: Request::Status, answer };
+                if self.requests.send(asked).await.is_ok() {
+                    // What was posted last is as good as what is not posted any more.
+                    let _ = answered.await;
+                }
+            };
+            // As good as that is what was posted before.
+            let _ = timeout(FRESH, fresh).await;
+        }
+        serde_json::to_string(&self.board.told()).unwrap_or_default()
+    }
+
+    async fn reload(&self) -> io::Result<String> {
+        let (answer, answered) = oneshot::channel();
+        let unanswered = || io::Error::from(io::ErrorKind::ConnectionAborted);
+        let sent = self.requests.send(Asked { request: Request::Reload, answer }).await;
+        sent.map_err(|_| unanswered())?;
+        // Those beyond the most are told when they ask again.
+        let _turn = self.waiting.try_acquire().map_err(|_| unanswered())?;
+        answered.await.map_err(|_| unanswered())
+    }
 }
 
 /// Tells the agent of a pin directory, and does not wait.
@@ -155,10 +223,22 @@ fn send(socket: &Path, request: Request) -> io::Result<BlockingStream> {
     Ok(stream)
 }
 
-/// Asks the agent of a pin directory, and waits for its answer.
+/// How long an answer is waited for that takes no time.
+const ANSWERED: Duration = Duration::from_secs(2);
+
+/// Asks the agent of a pin directory, and waits for its answer: of a reload for as long as it may take, else not for long.
 pub fn ask<T: DeserializeOwned>(socket: &Path, request: Request) -> io::Result<T> {
+    let patience = match request {
+        Request::Status => ANSWERED,
+        Request::Reload => RELOAD_PATIENCE,
+    };
+    ask_within(socket, request, patience)
+}
+
+/// Asks the agent of a pin directory; an error if the answer takes longer.
+pub fn ask_within<T: DeserializeOwned>(socket: &Path, request: Request, patience: Duration) -> io::Result<T> {
     let stream = send(socket, request)?;
-    stream.set_read_timeout(Some(request.patience()))?;
+    stream.set_read_timeout(Some(patience))?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),

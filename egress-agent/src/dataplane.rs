@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
     os::fd::{AsFd as _, OwnedFd},
-    path::Path,
+    path::{Component, Path},
     time::SystemTime,
 };
 
@@ -19,8 +19,8 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use egress_common::{
-    Address, Counter, Hook, Lifetime, Meta, Placement, Refusal, ResolverKey, RuleId, SHARED, Scope, Settings, UserKey,
-    View, map,
+    Address, COMMON, Counter, ELSEWHERE, Hook, Lifetime, Meta, Placement, Refusal, ResolverKey, RuleId, SHARED, Scope,
+    Settings, UserKey, View, guaranteed, map,
 };
 use zerocopy::transmute;
 
@@ -30,7 +30,7 @@ use crate::{
     pins::{self, PinSet},
     privileges,
     ruleset::Table,
-    scopes::Layout,
+    scopes::{self, Layout},
 };
 
 mod contents;
@@ -39,9 +39,11 @@ mod facts;
 mod ids;
 mod lsm;
 mod names;
+pub mod others;
 pub mod pinned;
 mod plan;
 mod programs;
+mod room;
 mod slots;
 mod sys;
 
@@ -57,6 +59,8 @@ pub use plan::Change;
 use plan::{Live, Step, plan, room};
 use programs::Hooks;
 pub use programs::PacketGuard;
+use room::Shortages;
+pub use room::{Lack, Shortage};
 use slots::Slots;
 
 /// What `WORKLOADS` points to, in bytes: cgroup id → [`Placement`].
@@ -69,6 +73,9 @@ type Resolvers = KernelHash<MapData, [u8; size_of::<ResolverKey>()], u32>;
 type NetworkNamespaces = KernelHash<MapData, u64, u32>;
 /// The `VIEWS` map, in bytes: view → [`Settings`].
 type Views = Array<MapData, [u8; 8]>;
+
+/// Views that are filled before they are put, each with at most two descriptors.
+const BATCH: usize = 128;
 
 /// Bytes of kernel memory that a prefix and a port range take, as measured.
 const PREFIX_BYTES: u64 = 128;
@@ -104,6 +111,7 @@ pub struct Dataplane {
     believed: HashMap<Scope, BTreeSet<Address>>,
     names: NameIds,
     facts: Facts,
+    shortages: Shortages,
     /// The hooks that are attached where they matter, by cgroup, each with its link where that is not pinned.
     spots: BTreeMap<Spot, Option<OwnedFd>>,
     memory_limit: u64,
@@ -178,7 +186,8 @@ pub(crate) fn kernel_version(release: &str) -> Option<(u32, u32)> {
 }
 
 impl Dataplane {
-    /// Loads the programs and creates the maps, pinned in a new set. Nothing is attached, and no policy is in force.
+    /// Loads the programs and creates the maps, pinned in a new set. Nothing is attached, and no policy is in force. Whom sockets
+    /// have heard from is in the map of the set before, if there is one: both sets use it until that one is retired.
     pub fn prepare(
         object: &[u8],
         log: KernelLog,
@@ -193,11 +202,13 @@ impl Dataplane {
         };
         let can_set_retval =
             is_helper_supported(ProgramType::CgroupSock, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false);
-        let mut ebpf = EbpfLoader::new()
-            .override_global(aya_log::LEVEL, &level, false)
-            .override_global("CAN_SET_RETVAL", &u8::from(can_set_retval), true)
-            .load(object)
-            .map_err(load_error)?;
+        let can_set = u8::from(can_set_retval);
+        let mut loader = EbpfLoader::new();
+        loader.override_global(aya_log::LEVEL, &level, false).override_global("CAN_SET_RETVAL", &can_set, true);
+        if let Some(pin) = pinned::peers_before(pins.path()) {
+            loader.map_pin_path(map::PEERS, pin);
+        }
+        let mut ebpf = loader.load(object).map_err(load_error)?;
         let hooks = Hooks::load(&mut ebpf, guard)?;
         for name in map::ALL {
             let map = ebpf.map(name).ok_or(DataplaneError::Missing { what: "map", name })?;
@@ -209,6 +220,7 @@ impl Dataplane {
             users: take(&mut ebpf, map::USERS)?,
             slots: Slots::open(&pins)?,
             facts: Facts::open(pins.path())?,
+            shortages: Shortages::default(),
             views: take(&mut ebpf, map::VIEWS)?,
             name_ids: take(&mut ebpf, map::NAME_IDS)?,
             resolvers: take(&mut ebpf, map::RESOLVERS)?,
@@ -265,6 +277,9 @@ impl Dataplane {
             self.names.exchange(&mut self.name_ids, names, &mut self.pins)?;
         }
         self.guard_dns()?;
+        if let Err(error) = self.share(learners(layout)) {
+            tracing::error!(error = %crate::run::chain(&error), "the guaranteed parts of what may be learnt are as before");
+        }
         let live = &self.live;
         self.ids_of.retain(|scope, _| live.scopes.contains_key(scope));
         if change == Change::Policy && is_changed {
@@ -297,15 +312,20 @@ impl Dataplane {
         Ok(Applied { generation: 0, is_changed: false, scopes, rules: 0, prefixes, segments })
     }
 
-    /// Fills every scope that is new, then puts all of them where nothing points to yet.
+    /// Fills every scope that is new and puts it where nothing points to yet. Its descriptors are closed as soon as the scopes of
+    /// a batch are put: a policy of thousands of scopes takes no more of them than one of a few.
     fn fill(&mut self, steps: &[Step], layout: &Layout) -> Result<(), DataplaneError> {
-        let mut filled = Vec::new();
+        let mut filled = Vec::with_capacity(BATCH);
         for step in steps {
             let Step::Fill { scope, index } = *step else { continue };
             let ruleset = &layout.scopes[index].ruleset;
             let ids = self.rules.assign(&ruleset.rules);
             for (view, table) in ruleset.views(scope) {
                 filled.push(contents::fill(view, table, &ids, &self.names)?);
+            }
+            if filled.len() >= BATCH {
+                self.slots.put(&filled)?;
+                filled.clear();
             }
             self.believe(scope, ruleset.resolvers().map(Address::from).collect())?;
             self.set(scope.enforcing(), Some(&ruleset.enforcing))?;
@@ -446,8 +466,10 @@ impl Dataplane {
     /// Attaches every hook but those of [`WHERE_IT_MATTERS`] to a cgroup, pinned: the programs stay there when the agent is gone.
     /// All of it is undone if one of them fails.
     pub fn attach(&mut self, cgroup: &Cgroup) -> Result<(), DataplaneError> {
+        let level = cgroup.path.components().filter(|part| matches!(part, Component::Normal(_))).count();
+        self.write_meta(self.written.with_level(u8::try_from(level).unwrap_or(u8::MAX)))?;
         let mut links = Vec::new();
-        for &hook in self.hooks.loaded.iter().filter(|hook| !WHERE_IT_MATTERS.contains(hook)) {
+        for hook in peers_first(&self.hooks.loaded) {
             links.push((hook.as_str(), programs::attach(&mut self.ebpf, hook, cgroup)?));
         }
         if !self.pins.is_there() {
@@ -461,17 +483,45 @@ impl Dataplane {
         })
     }
 
+    /// Guarantees each of so many workloads its part of what may be learnt.
+    fn share(&mut self, learners: usize) -> Result<(), DataplaneError> {
+        let part = guaranteed(self.written.quota(), u32::try_from(learners).unwrap_or(u32::MAX));
+        if part == self.written.guaranteed() {
+            return Ok(());
+        }
+        self.write_meta(self.written.with_guaranteed(part))?;
+        if self.facts.share(part)? { Ok(()) } else { self.sweep() }
+    }
+
     /// Removes what was learnt and holds no longer.
     pub fn sweep(&mut self) -> Result<(), DataplaneError> {
         let placements = &self.live.placements;
-        let learnt = self.facts.sweep(|workload| workload == SHARED || placements.contains_key(&workload))?;
+        let learnt = self.facts.sweep(|workload| is_there(placements, workload), self.written.guaranteed())?;
         self.names.retain(&learnt);
         Ok(())
     }
 
+    /// Looks whether workloads find room for what they learn; gives those that do not, and did when that was looked at last. Removes
+    /// what workloads learnt that are gone.
+    pub fn look_for_room(&mut self) -> Result<Vec<Shortage>, DataplaneError> {
+        let standings = self.facts.look()?;
+        let placements = &self.live.placements;
+        if standings.iter().any(|standing| !is_there(placements, standing.workload)) {
+            self.sweep()?;
+        }
+        Ok(self.shortages.look(&standings, self.written.quota(), std::time::Instant::now()))
+    }
+
+    /// The workloads that found no room lately.
+    pub fn shortages(&self) -> impl Iterator<Item = &Shortage> {
+        self.shortages.all()
+    }
+
     /// Takes over what another set learnt of names; how many addresses that were.
     pub fn adopt_facts(&mut self, set: &Path) -> Result<usize, DataplaneError> {
-        self.facts.adopt(set, &self.names)
+        let adopted = self.facts.adopt(set, &self.names)?;
+        self.facts.share(self.written.guaranteed())?;
+        Ok(adopted)
     }
 
     /// The hooks of [`WHERE_IT_MATTERS`] that are attached.
@@ -575,11 +625,45 @@ impl Dataplane {
         AskedNames::open(self.pins.path())
     }
 
+    /// The cgroups whose events found no room in the ring buffer, each with how many: of all of [`Dataplane::lost`], those of
+    /// which it is known.
+    pub fn lost_by_cgroup(&self) -> Result<Vec<(u64, u64)>, DataplaneError> {
+        let shares = self.ebpf.map(map::SHARES).ok_or(DataplaneError::Missing { what: "map", name: map::SHARES })?;
+        pinned::read_shares(shares)
+    }
+
     /// How many events found no room in the ring buffer.
     pub fn lost(&self) -> Result<u64, DataplaneError> {
         let stats = self.ebpf.map(map::STATS).ok_or(DataplaneError::Missing { what: "map", name: map::STATS })?;
         pinned::read_counter(stats, Counter::EventsLost)
     }
+}
+
+/// Whether what a workload learnt is of use to any.
+fn is_there(placements: &BTreeMap<u64, Placement>, workload: u64) -> bool {
+    matches!(workload, SHARED | COMMON | ELSEWHERE) || placements.contains_key(&workload)
+}
+
+/// How many workloads may learn names: those whose rules have some, and [`SHARED`], for which others may.
+fn learners(layout: &Layout) -> usize {
+    let has_names = |scope: &scopes::Scope| scope.ruleset.has_names();
+    let learns = |seat| match seat {
+        scopes::Seat::Scope(index) => {
+            let scope = &layout.scopes[index];
+            has_names(scope) || scope.users.values().any(|&index| has_names(&layout.scopes[index]))
+        }
+        scopes::Seat::Exempt | scopes::Seat::Unknown => false,
+    };
+    let placed = layout.placements.values().filter(|at| learns(at.own) || learns(at.below)).count();
+    let is_shared = layout.scopes.iter().any(|scope| scope.ruleset.serves_dns());
+    placed + usize::from(layout.elsewhere.is_some_and(learns)) + usize::from(is_shared)
+}
+
+/// The hooks that are attached to every filtered cgroup. What a socket receives is noted before what it sends is judged.
+fn peers_first(loaded: &[Hook]) -> impl Iterator<Item = Hook> {
+    let notes_peers = |hook: &&Hook| matches!(hook, Hook::Recvmsg4 | Hook::Recvmsg6);
+    let others = loaded.iter().filter(move |hook| !notes_peers(hook) && !WHERE_IT_MATTERS.contains(hook));
+    loaded.iter().filter(notes_peers).chain(others).copied()
 }
 
 fn now() -> u64 {

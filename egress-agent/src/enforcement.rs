@@ -2,26 +2,29 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    io,
+    fs, io,
     path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
-use egress_common::Hook;
+use egress_common::{Hook, MAX_LEVEL, SHARED};
 
 use crate::{
-    cgroup::{self, Cgroup, CgroupError},
-    dataplane::{Applied, Change, Dataplane, DataplaneError, Spot},
+    cgroup::{self, Cgroup, CgroupError, is_gone, reach},
+    dataplane::{Applied, Change, Dataplane, DataplaneError, Lack, Shortage, Spot},
     existing::{Sweep, may_enter},
     hierarchy::{Changed, Hierarchy},
+    memory::Heap,
     netns::PodNamespaces,
     pods::{Place, Pods},
     policy::load::Watched,
     ruleset::Ruleset,
     run::{RunError, chain, system},
-    scopes::{Layout, Node, Placement, Seat, Selector},
+    scopes::{Layout, Node, Placement, Seat, Selector, UnknownWorkloads},
     socket_matching::{self, Matching, Vigil},
     status,
+    text::printable_bytes,
     watch::Watch,
 };
 
@@ -51,6 +54,8 @@ pub(crate) struct Enforcement {
     selector: Selector,
     /// What is in force.
     layout: Layout,
+    /// The same for `status`, made when somebody asks.
+    told: OnceLock<Arc<[status::Scope]>>,
     pub(crate) dataplane: Dataplane,
     sweeping: Sweeping,
     /// When what was learnt of names was swept last.
@@ -61,6 +66,30 @@ pub(crate) struct Enforcement {
     unlearnt: Option<String>,
     /// Where the kernel may stop to match sockets to cgroups.
     vigil: Option<Vigil>,
+    /// Hooks that are not where the policies need them, each with what is wrong.
+    unattached: BTreeMap<Spot, String>,
+    heap: Heap,
+}
+
+/// A hook that could not be attached to a cgroup that is there.
+struct Unattached {
+    spot: Spot,
+    /// The cgroup, below the mount.
+    path: PathBuf,
+    error: RunError,
+}
+
+impl Unattached {
+    /// For `status`.
+    fn told(&self) -> String {
+        let Self { spot, path, error } = self;
+        let follows = match spot.hook {
+            Hook::Query => "what is there is refused",
+            _ => "names are not learnt there",
+        };
+        let (hook, path) = (spot.hook.as_str(), printable_bytes(&Path::new("/").join(path)));
+        format!("{hook} is not attached to cgroup {path}, {follows}: {}", chain(error))
+    }
 }
 
 /// Whether connections that are to end are looked for once more: one that was allowed a moment before may not have been there
@@ -84,6 +113,8 @@ pub(crate) struct Target {
     pub(crate) given: PathBuf,
     pub(crate) cgroup: Cgroup,
     agent: Option<Cgroup>,
+    /// This process made it, so that nobody else makes it anew.
+    pub(crate) is_our_own: bool,
 }
 
 impl Target {
@@ -92,7 +123,7 @@ impl Target {
     pub(crate) fn open(given: &Path, mount: &Path) -> Result<Self, RunError> {
         let cgroup = Cgroup::open(given, mount)?;
         let agent = cgroup::own(mount);
-        let target = Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent };
+        let target = Self { mount: mount.to_owned(), given: given.to_owned(), cgroup, agent, is_our_own: false };
         if target.holds_agent() && !target.cgroup.is_root() {
             return Err(RunError::OwnCgroup { path: target.cgroup.path });
         }
@@ -112,20 +143,24 @@ impl Enforcement {
         mut dataplane: Dataplane,
         selector: Selector,
     ) -> Result<(Self, Applied), RunError> {
-        let Target { mount, given, cgroup, agent } = target;
+        let Target { mount, given, cgroup, agent, is_our_own } = target;
         let trusted = dataplane.trust_own_namespace(agent.as_ref());
         let unlearnt = trusted.err().map(|error| format!("names are not learnt in the kernel: {}", chain(&error)));
         if let Some(unlearnt) = &unlearnt {
             tracing::warn!("{unlearnt}");
         }
         let always = agent.as_ref().map(|agent| agent.path.as_path());
-        let hierarchy = Hierarchy::new(&mount, &cgroup.path, always).map_err(system(CANNOT_WATCH))?;
-        let mut watch = Watch::new().map_err(system(CANNOT_WATCH))?;
-        let directory = mount.join(cgroup::below(&cgroup.path));
-        watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
+        let hierarchy = Hierarchy::new(&mount, &cgroup.path, always);
+        let mut watch = Watch::default();
+        if !is_our_own {
+            let directory = mount.join(cgroup::below(&cgroup.path));
+            watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
+        }
         let vigil = (socket_matching::is_possible() && !cgroup.is_root()).then(Vigil::default);
         let mut enforcement = Self {
             vigil,
+            unattached: BTreeMap::new(),
+            heap: Heap::default(),
             namespaces: may_enter().then(PodNamespaces::default),
             unlearnt,
             sweeping: Sweeping::Done,
@@ -141,6 +176,7 @@ impl Enforcement {
             agent,
             selector,
             layout: Layout::default(),
+            told: OnceLock::new(),
             dataplane,
         };
         let applied = enforcement.place(Change::Policy)?;
@@ -176,7 +212,67 @@ impl Enforcement {
         let stopped = self.vigil.as_ref().is_some_and(Vigil::is_stopped);
         let learns = self.learns();
         let unlearnt = self.unlearnt.clone().filter(|_| learns);
-        stopped.then(|| socket_matching::STOPPED.to_owned()).into_iter().chain(unlearnt).collect()
+        let stopped = stopped.then(|| socket_matching::STOPPED.to_owned());
+        let unattached = self.unattached.values().cloned();
+        stopped
+            .into_iter()
+            .chain(unlearnt)
+            .chain(unattached)
+            .chain(self.too_deep())
+            .chain(self.short_of_room())
+            .collect()
+    }
+
+    /// That policies may select cgroups which are too deep to be told apart.
+    fn too_deep(&self) -> Option<String> {
+        let too_deep = self.hierarchy.too_deep();
+        let path = printable_bytes(&Path::new("/").join(too_deep.first()?));
+        let (count, unknown) = (too_deep.len(), self.selector.unknown());
+        let become_of = match unknown {
+            UnknownWorkloads::Deny => "are refused (unknown_workload) where an enforcing policy may select them",
+            UnknownWorkloads::Inherit => "are judged as the cgroup above them",
+        };
+        Some(format!("cgroups deeper than level {MAX_LEVEL} {become_of}: below {count} cgroup(s), as {path}"))
+    }
+
+    /// The workloads that find no room for the names that they are answered.
+    fn short_of_room(&self) -> Vec<String> {
+        let nodes = self.hierarchy.nodes();
+        let mut shortages = self.dataplane.shortages();
+        let told = shortages.by_ref().take(MAX_SHORTAGES_TOLD).map(|shortage| {
+            let who = workload_name(&nodes, shortage.workload);
+            match shortage.lack {
+                Lack::Quota => format!(
+                    "{who} was answered names that were not learnt: it has {} addresses and may have no more (--name-quota)",
+                    shortage.has
+                ),
+                Lack::Table => format!(
+                    "the table of learnt names is full: {who} was answered names that were not learnt, and has {} addresses",
+                    shortage.has
+                ),
+            }
+        });
+        let mut told: Vec<String> = told.collect();
+        let more = shortages.count();
+        told.extend((more > 0).then(|| format!("{more} more workloads were answered names that were not learnt")));
+        told
+    }
+
+    fn look_for_room(&mut self) {
+        match self.dataplane.look_for_room() {
+            Ok(shortages) => {
+                let nodes = if shortages.is_empty() { Vec::new() } else { self.hierarchy.nodes() };
+                for &Shortage { workload, lack, has } in shortages.iter().take(MAX_SHORTAGES_TOLD) {
+                    let cgroup = workload_name(&nodes, workload);
+                    tracing::warn!(%cgroup, addresses = has, ?lack, "names are not learnt: no room for more addresses");
+                }
+                if shortages.len() > MAX_SHORTAGES_TOLD {
+                    let workloads = shortages.len() - MAX_SHORTAGES_TOLD;
+                    tracing::warn!(workloads, "names of more workloads are not learnt: no room for more addresses");
+                }
+            }
+            Err(error) => tracing::error!(error = %chain(&error), "cannot tell whether there is room for names"),
+        }
     }
 
     /// Attaches the programs.
@@ -190,6 +286,7 @@ impl Enforcement {
     pub(crate) fn adopt(&mut self, mut selector: Selector) -> Result<Applied, RunError> {
         let pods = self.with_gone(selector.pods().clone());
         selector.set_pods(pods);
+        selector.inherit(&self.selector);
         let before = std::mem::replace(&mut self.selector, selector);
         let applied = self.place(Change::Policy);
         if applied.is_err() {
@@ -218,7 +315,7 @@ impl Enforcement {
 
     fn with_gone(&self, mut pods: Pods) -> Pods {
         let nodes = self.hierarchy.nodes();
-        pods.keep(self.selector.pods(), nodes.iter().map(|node| node.path.as_str()));
+        pods.keep(self.selector.pods(), nodes.iter().map(|node| node.path.as_path()));
         pods
     }
 
@@ -238,63 +335,109 @@ impl Enforcement {
     /// Removes what the last change left behind.
     pub(crate) fn clean(&mut self) {
         self.dataplane.clean();
+        self.heap.give_back();
     }
 
     fn look(&mut self) -> Result<(), RunError> {
-        let selector = &self.selector;
-        self.hierarchy.look(&|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))
+        let (selector, before) = (&mut self.selector, self.hierarchy.too_deep().len());
+        self.hierarchy.look(&mut |path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))?;
+        self.warn_of_too_deep(before);
+        Ok(())
+    }
+
+    /// Once for all of them.
+    fn warn_of_too_deep(&self, before: usize) {
+        if let (0, Some(too_deep)) = (before, self.too_deep()) {
+            tracing::warn!("{too_deep}");
+        }
     }
 
     /// Looks at all cgroups and places them.
     fn place(&mut self, change: Change) -> Result<Applied, RunError> {
         self.look()?;
         self.is_behind = false;
-        self.apply(change)
+        self.apply(change).inspect_err(|_| self.is_behind = true)
     }
 
     fn apply(&mut self, change: Change) -> Result<Applied, RunError> {
         let nodes = self.hierarchy.nodes();
-        let layout = self.selector.layout(&nodes, self.agent.as_ref().map(|agent| agent.id))?;
-        let wanted = self.where_it_matters(&nodes, &layout);
+        let mut layout = self.selector.layout(&nodes, self.agent.as_ref().map(|agent| agent.id))?;
+        let wanted = where_it_matters(&nodes, &layout);
         // Who listens before there is something to learn misses nothing, and a question is judged from the first on by a policy that
         // wants it. But before there is any policy, each would be refused.
         let is_early = |spot: &Spot| self.is_attached || spot.hook == Hook::Ingress;
         let (early, late): (Vec<_>, Vec<_>) = wanted.iter().partition(|(spot, _)| is_early(spot));
-        self.attach_spots(&early)?;
+        let failed = self.attach_spots(&early);
+        self.do_without(failed, change, &nodes, &mut layout)?;
         let applied = self.dataplane.apply(&layout, change)?;
-        self.attach_spots(&late)?;
+        if let Some(failed) = self.attach_spots(&late).into_iter().next() {
+            return Err(failed.error);
+        }
         self.layout = layout;
+        self.told = OnceLock::new();
+        self.heap.holds(applied.prefixes);
         self.detach_elsewhere(&wanted.keys().copied().collect());
         Ok(applied)
     }
 
-    /// The hooks that few cgroups need, with those that do and where these are. What is below one of them has them, too.
-    fn where_it_matters(&self, nodes: &[Node], layout: &Layout) -> BTreeMap<Spot, PathBuf> {
-        let mut sorted: Vec<&Node> = nodes.iter().collect();
-        sorted.sort_by_key(|node| node.level());
-        let names_matter = layout.scopes.iter().any(|scope| scope.ruleset.has_names());
-        let learns = |rules: &Ruleset| rules.has_names() || (names_matter && rules.serves_dns());
-        let mut wanted = BTreeMap::new();
-        for node in top_most(&sorted, layout, learns) {
-            wanted.insert(Spot { hook: Hook::Ingress, cgroup: node.id }, self.mount.join(&node.path));
-        }
-        for node in top_most(&sorted, layout, Ruleset::judges_queries) {
-            wanted.insert(Spot { hook: Hook::Query, cgroup: node.id }, self.mount.join(&node.path));
-        }
-        wanted
-    }
-
-    fn attach_spots(&mut self, wanted: &[(&Spot, &PathBuf)]) -> Result<(), RunError> {
-        let there: BTreeSet<Spot> = self.dataplane.spots().collect();
-        for (spot, path) in wanted.iter().filter(|(spot, _)| !there.contains(spot)) {
-            match Cgroup::open(path, &self.mount) {
-                Ok(cgroup) if cgroup.id == spot.cgroup => self.dataplane.attach_spot(spot.hook, &cgroup)?,
-                // It is gone, which will be noticed.
-                Ok(_) | Err(CgroupError::NotFound { .. }) => {}
-                Err(error) => return Err(error.into()),
+    /// After hooks could not be attached: a policy that needs them is not put in force. But a cgroup that came, or one where
+    /// that was so before, holds nobody else up: questions that nobody could judge are not asked there, and it is tried again.
+    fn do_without(
+        &mut self,
+        failed: Vec<Unattached>,
+        change: Change,
+        nodes: &[Node],
+        layout: &mut Layout,
+    ) -> Result<(), RunError> {
+        let before = std::mem::take(&mut self.unattached);
+        self.is_behind |= !failed.is_empty();
+        for failed in failed {
+            let told = failed.told();
+            match before.get(&failed.spot) {
+                None if change == Change::Policy => {
+                    self.unattached = before;
+                    return Err(failed.error);
+                }
+                Some(before) if *before == told => {}
+                _ => tracing::error!("{told}"),
             }
+            if failed.spot.hook == Hook::Query {
+                for node in nodes.iter().filter(|node| node.path.starts_with(&failed.path)) {
+                    if let Some(placement) = layout.placements.get_mut(&node.id) {
+                        (placement.own, placement.below) = (Seat::Unknown, Seat::Unknown);
+                    }
+                }
+            }
+            self.unattached.insert(failed.spot, told);
         }
         Ok(())
+    }
+
+    /// Attaches hooks where they are not yet, and tells of those that are needed and cannot be.
+    fn attach_spots(&mut self, wanted: &[(&Spot, &PathBuf)]) -> Vec<Unattached> {
+        let there: BTreeSet<Spot> = self.dataplane.spots().collect();
+        let missing = wanted.iter().filter(|(spot, _)| !there.contains(spot));
+        let attach = |&(&spot, path): &(&Spot, &PathBuf)| {
+            let error = self.attach_spot(spot, path).err()?;
+            Some(Unattached { spot, path: path.clone(), error })
+        };
+        missing.filter_map(attach).collect()
+    }
+
+    /// It is no error if the cgroup is gone, which will be noticed.
+    fn attach_spot(&mut self, spot: Spot, path: &Path) -> Result<(), RunError> {
+        let opened = match Cgroup::at(&self.mount, path) {
+            Ok(cgroup) if cgroup.id == spot.cgroup => cgroup,
+            Ok(_) => return Ok(()),
+            Err(error) if is_gone(&error) => return Ok(()),
+            Err(error) => return Err(system("cannot open the cgroup")(error)),
+        };
+        let attached = self.dataplane.attach_spot(spot.hook, &opened);
+        let is_there = || reach(&self.mount.join(path)).and_then(|path| fs::metadata(&*path));
+        match attached {
+            Err(_) if is_there().is_err_and(|error| is_gone(&error)) => Ok(()),
+            attached => Ok(attached?),
+        }
     }
 
     fn detach_elsewhere(&mut self, wanted: &BTreeSet<Spot>) {
@@ -325,10 +468,11 @@ impl Enforcement {
 
     /// Places cgroups that came.
     fn follow_cgroups(&mut self, changed: Changed) {
-        let selector = &self.selector;
-        let updated = self.hierarchy.update(changed, &|path| selector.looks_below(path)).map_err(system(CANNOT_WATCH));
-        self.is_behind |= updated.is_err();
-        if let Err(error) = updated.and_then(|()| self.apply(Change::Cgroups)) {
+        let (selector, before) = (&mut self.selector, self.hierarchy.too_deep().len());
+        let updated = self.hierarchy.update(changed, &mut |path| selector.looks_below(path));
+        self.warn_of_too_deep(before);
+        if let Err(error) = updated.map_err(system(CANNOT_WATCH)).and_then(|()| self.apply(Change::Cgroups)) {
+            self.is_behind = true;
             tracing::error!(error = %chain(&error), "cannot place new cgroups: they are refused, or judged as their parents");
         }
         self.follow_namespaces();
@@ -362,7 +506,7 @@ impl Enforcement {
         if self.is_behind {
             self.place(Change::Tidy)?;
         } else if self.dataplane.is_untidy() {
-            self.apply(Change::Tidy)?;
+            self.apply(Change::Tidy).inspect_err(|_| self.is_behind = true)?;
         }
         Ok(())
     }
@@ -378,6 +522,7 @@ impl Enforcement {
         if let Some(vigil) = &mut self.vigil {
             vigil.look(self.agent.as_ref());
         }
+        self.look_for_room();
         if self.swept.elapsed() >= SWEEP {
             self.swept = Instant::now();
             if let Err(error) = self.dataplane.sweep() {
@@ -396,6 +541,8 @@ impl Enforcement {
                 }
                 Err(error) => tracing::error!(error = %chain(&error), "cannot attach again: nothing is filtered"),
             },
+            // It is there, and there is no descriptor left, perhaps.
+            Err(error @ CgroupError::Open { .. }) => tracing::debug!(%error, "cannot look after the cgroup"),
             Err(error) if self.is_attached => {
                 tracing::error!(%error, %cgroup, "the cgroup is gone: nothing is filtered until it is back");
                 self.is_attached = false;
@@ -442,12 +589,16 @@ impl Enforcement {
     }
 
     /// The scopes in force, for `status`.
-    pub(crate) fn scopes(&self) -> Vec<status::Scope> {
+    pub(crate) fn scopes(&self) -> Arc<[status::Scope]> {
+        Arc::clone(self.told.get_or_init(|| self.tell_scopes()))
+    }
+
+    fn tell_scopes(&self) -> Arc<[status::Scope]> {
         let Layout { scopes, placements, .. } = &self.layout;
         let mut cgroups = vec![Vec::new(); scopes.len()];
         for node in self.hierarchy.nodes() {
             if let Some(&Placement { own: Seat::Scope(index), .. }) = placements.get(&node.id) {
-                cgroups[index].push(format!("/{}", node.path));
+                cgroups[index].push(printable_bytes(&Path::new("/").join(&node.path)));
             }
         }
         let mut users = vec![BTreeSet::new(); scopes.len()];
@@ -468,6 +619,34 @@ impl Enforcement {
     }
 }
 
+/// The hooks that few cgroups need, with those that do and where these are. What is below one of them has them, too.
+fn where_it_matters(nodes: &[Node], layout: &Layout) -> BTreeMap<Spot, PathBuf> {
+    let mut sorted: Vec<&Node> = nodes.iter().collect();
+    sorted.sort_by_key(|node| node.level());
+    let names_matter = layout.scopes.iter().any(|scope| scope.ruleset.has_names());
+    let learns = |rules: &Ruleset| rules.has_names() || (names_matter && rules.serves_dns());
+    let mut wanted = BTreeMap::new();
+    for node in top_most(&sorted, layout, learns) {
+        wanted.insert(Spot { hook: Hook::Ingress, cgroup: node.id }, node.path.clone());
+    }
+    for node in top_most(&sorted, layout, Ruleset::judges_queries) {
+        wanted.insert(Spot { hook: Hook::Query, cgroup: node.id }, node.path.clone());
+    }
+    wanted
+}
+
+/// How many workloads are told that find no room for names; of more, how many there are.
+const MAX_SHORTAGES_TOLD: usize = 8;
+
+/// A workload as `status` names it.
+fn workload_name(nodes: &[Node], workload: u64) -> String {
+    if workload == SHARED {
+        return "shared".to_owned();
+    }
+    let node = nodes.iter().find(|node| node.id == workload);
+    node.map_or_else(|| workload.to_string(), |node| printable_bytes(&Path::new("/").join(&node.path)))
+}
+
 /// The nodes whose rules, or those of users in them, are of a kind, and that have none above them. `sorted` has each node after those
 /// above it.
 fn top_most<'a>(sorted: &[&'a Node], layout: &Layout, matters: impl Fn(&Ruleset) -> bool) -> Vec<&'a Node> {
@@ -482,7 +661,7 @@ fn top_most<'a>(sorted: &[&'a Node], layout: &Layout, matters: impl Fn(&Ruleset)
     let mut paths: HashSet<&Path> = HashSet::new();
     let mut found = Vec::new();
     for &node in sorted {
-        let path = Path::new(&node.path);
+        let path = node.path.as_path();
         let matters = layout.placements.get(&node.id).is_some_and(|at| matters_at(at.own) || matters_at(at.below));
         if matters && !path.ancestors().any(|above| paths.contains(above)) {
             paths.insert(path);
@@ -492,4 +671,4 @@ fn top_most<'a>(sorted: &[&'a Node], layout: &Layout, matters: impl Fn(&Ruleset)
     found
 }
 
-const CANNOT_WATCH: &str = "cannot watch cgroups; see fs.inotify.max_user_watches";
+const CANNOT_WATCH: &str = "cannot watch cgroups";

@@ -1,12 +1,13 @@
 //! Events: kernel records, completed with what `/proc` and the cgroup tree know, one shape for all readers.
 //!
-//! Fields are only ever added to the shape; what is not known is absent.
+//! Fields are only ever added to the shape; what is not known is absent. Text of others is shown by [`text`], and each field
+//! has a bound, so that no line is longer than [`MAX_LINE`], whatever a process calls itself.
 
 use std::{
     collections::HashMap,
     fmt, fs,
     net::{IpAddr, SocketAddr},
-    os::unix::fs::MetadataExt,
+    os::unix::{ffi::OsStrExt as _, fs::MetadataExt},
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, SystemTime},
@@ -20,9 +21,24 @@ use crate::{
     cgroup::{self, CgroupPaths},
     compile::Names,
     dataplane::{AskedNames, RuleNames},
-    pods::{PodName, PodNames},
+    pods::{Owner, PodName, PodNames},
     policy::RuleName,
+    processes::{MAX_CMDLINE, Processes, Seen, Unseen},
+    text::{self, printable},
 };
+
+/// Most bytes of a line, its end included: what reads logs cuts longer ones.
+pub const MAX_LINE: usize = 16 << 10;
+
+/// Most bytes of each field within a string of JSON.
+const MAX_COMM: usize = 128;
+const MAX_EXE: usize = 2048;
+const MAX_ARGUMENTS: usize = 5632;
+const MAX_PATH: usize = 4096;
+const MAX_UNIT: usize = 512;
+const MAX_HOST: usize = 1024;
+/// Most bytes of each name of a pod.
+const MAX_POD: usize = 256;
 
 /// A flow that was refused, or would have been.
 #[derive(Debug, Clone, Serialize)]
@@ -65,6 +81,9 @@ pub struct Connection {
     /// The pod of that cgroup.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod: Option<PodName>,
+    /// The fields that are not whole, as `process.cmdline`; `process` where it would have taken too long to look at it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub truncated: Vec<&'static str>,
 }
 
 /// Where a workload wanted to go.
@@ -140,10 +159,39 @@ pub struct Cgroup {
     pub path: Option<String>,
 }
 
+/// What is told of a cgroup, the same in each report.
+#[derive(Debug)]
+struct Known {
+    path: PathBuf,
+    /// As it is shown, and whether that is all of it.
+    shown: (String, bool),
+    unit: Option<(String, bool)>,
+    container_id: Option<String>,
+    /// The cgroups above, the nearest first.
+    above: Vec<u64>,
+}
+
+/// Most cgroups of which that is remembered, and most bytes of their paths.
+const MAX_CGROUPS: usize = 2048;
+
+impl Known {
+    fn new(path: PathBuf, above: Vec<u64>) -> Self {
+        Self {
+            shown: text::shown(path.as_os_str().as_bytes(), MAX_PATH),
+            unit: cgroup::unit(&path).map(|unit| text::shown(unit.as_bytes(), MAX_UNIT)),
+            container_id: cgroup::container_id(&path).map(str::to_owned),
+            path,
+            above,
+        }
+    }
+}
+
 /// Completes kernel records.
 #[derive(Debug)]
 pub struct Enricher {
     paths: CgroupPaths,
+    cgroups: HashMap<u64, Arc<Known>>,
+    processes: Processes,
     rules: RuleNames,
     hosts: HostNames,
     asked: Option<AskedNames>,
@@ -155,7 +203,16 @@ pub struct Enricher {
 impl Enricher {
     /// Names rules by `rules`, cgroups by `paths` and addresses by `hosts`.
     pub fn new(paths: CgroupPaths, rules: RuleNames, hosts: HostNames) -> Self {
-        Self { paths, rules, hosts, asked: None, pods: PodNames::default(), sees_all: is_initial_pid_namespace() }
+        Self {
+            paths: paths.bounded(),
+            cgroups: HashMap::new(),
+            processes: Processes::default(),
+            rules,
+            hosts,
+            asked: None,
+            pods: PodNames::default(),
+            sees_all: is_initial_pid_namespace(),
+        }
     }
 
     /// Knows what workloads asked for.
@@ -165,9 +222,9 @@ impl Enricher {
     }
 
     /// What the workload of a cgroup asked for when it got an address: the cgroup's own, or that of the nearest above it.
-    fn asked(&self, cgroup: u64, path: Option<&Path>, address: Address) -> Option<String> {
+    fn asked(&self, cgroup: u64, known: Option<&Known>, address: Address) -> Option<String> {
         let asked = self.asked.as_ref()?;
-        let above = path.into_iter().flat_map(|path| self.paths.above(path));
+        let above = known.into_iter().flat_map(|known| &known.above).copied();
         std::iter::once(cgroup).chain(above).chain([SHARED]).find_map(|workload| asked.get(workload, address))
     }
 
@@ -181,11 +238,17 @@ impl Enricher {
     /// `name` is what was asked for, where that is what was judged.
     pub fn connection(&mut self, event: &Event, name: Option<&NameKey>) -> Option<Connection> {
         let (hook, decision) = (event.hook().ok()?, event.decision().ok()?);
-        let process = *event.process();
-        let address = event.address().to_ip();
-        let pid = self.sees_all.then_some(process.pid);
-        let path = self.paths.path(process.cgroup_id, pid).map(PathBuf::from);
-        let asked = self.asked(process.cgroup_id, path.as_deref(), event.address());
+        let (recorded, address) = (*event.process(), event.address().to_ip());
+        let mut truncated = Vec::new();
+        let (process, known) = self.look(event, &mut truncated);
+        let known = known.as_deref();
+        let asked = self.asked(recorded.cgroup_id, known, event.address());
+        let mut whole = |(text, is_whole): (String, bool), field| {
+            if !is_whole {
+                truncated.push(field);
+            }
+            text
+        };
         Some(Connection {
             note: sorts_addresses(event, hook, decision, asked.is_some()).then_some(ADDRESS_SORTING),
             time: humantime::format_rfc3339_nanos(wall_time(event.time())).to_string(),
@@ -202,14 +265,63 @@ impl Enricher {
                 host: match hook {
                     Hook::Query => name.and_then(spelled),
                     _ => asked.or_else(|| self.hosts.get(address)),
-                },
+                }
+                .map(|host| whole(text::shown(host.as_bytes(), MAX_HOST), "destination.host")),
             }),
-            unit: path.as_deref().and_then(cgroup::unit).map(str::to_owned),
-            container_id: path.as_deref().and_then(cgroup::container_id).map(str::to_owned),
-            pod: path.as_deref().and_then(Path::to_str).and_then(|path| self.pods.describe(path)),
-            process: describe(&process, event.time(), self.sees_all),
-            cgroup: Cgroup { id: process.cgroup_id, path: path.as_deref().map(lossy) },
+            process,
+            cgroup: Cgroup {
+                id: recorded.cgroup_id,
+                path: known.map(|known| whole(known.shown.clone(), "cgroup.path")),
+            },
+            unit: known.and_then(|known| known.unit.clone()).map(|unit| whole(unit, "unit")),
+            container_id: known.and_then(|known| known.container_id.clone()),
+            pod: known.and_then(|known| self.pods.describe(&known.path)).map(bounded_pod),
+            truncated,
         })
+    }
+
+    /// The process of a record, and its cgroup, of which the process tells.
+    fn look(&mut self, event: &Event, truncated: &mut Vec<&'static str>) -> (Process, Option<Arc<Known>>) {
+        let recorded = event.process();
+        let (id, workload) = (recorded.cgroup_id, event.lineage().workload());
+        let seen =
+            if self.sees_all { self.processes.look(recorded.pid, event.time(), workload) } else { Err(Unseen::Gone) };
+        let is_known = self.cgroups.contains_key(&id);
+        if let (Ok(seen), false) = (seen, is_known) {
+            self.paths.learn(id, &seen.cgroup);
+        }
+        let process = describe(recorded, seen, truncated);
+        if !is_known && let Some(path) = self.paths.path(id).map(Path::to_owned) {
+            if self.cgroups.len() >= MAX_CGROUPS {
+                self.cgroups.clear();
+            }
+            let above = self.paths.above(&path);
+            self.cgroups.insert(id, Arc::new(Known::new(path, above)));
+        }
+        (process, self.cgroups.get(&id).cloned())
+    }
+
+    /// The path of the cgroup that stands for the workload of a record, if it is known: that of the record, or one above it.
+    pub(crate) fn workload(&mut self, event: &Event) -> Option<String> {
+        let known = self.cgroups.get(&event.process().cgroup_id)?;
+        let workload = event.lineage().workload();
+        if workload == event.process().cgroup_id {
+            return Some(known.shown.0.clone());
+        }
+        let nearest = known.above.iter().rposition(|&id| id == workload)?;
+        let levels = known.above.len() - nearest - 1;
+        let path: PathBuf = known.path.iter().take(levels + 1).collect();
+        Some(text::shown(path.as_os_str().as_bytes(), MAX_PATH).0)
+    }
+}
+
+fn bounded_pod(pod: PodName) -> PodName {
+    let bounded = |name: String| text::shown(name.as_bytes(), MAX_POD).0;
+    PodName {
+        namespace: bounded(pod.namespace),
+        name: bounded(pod.name),
+        container: pod.container.map(bounded),
+        owner: pod.owner.map(|owner| Owner { kind: bounded(owner.kind), name: bounded(owner.name) }),
     }
 }
 
@@ -226,8 +338,8 @@ fn is_initial_pid_namespace() -> bool {
 
 /// A name as people write it; `None` if it is none.
 pub(crate) fn spelled(key: &NameKey) -> Option<String> {
-    let name = key.backwards().iter().rev().copied().collect();
-    String::from_utf8(name).ok().filter(|name| !name.is_empty())
+    let name: Vec<u8> = key.backwards().iter().rev().copied().collect();
+    Some(text::shown(&name, usize::MAX).0).filter(|name| !name.is_empty())
 }
 
 /// See [`Connection::note`].
@@ -300,64 +412,59 @@ pub(crate) fn boot_clock() -> Duration {
     clock_gettime(ClockId::Boottime).try_into().unwrap_or_default()
 }
 
-/// Adds what `/proc` knows, unless the process is gone and its id belongs to one that started after the event.
-fn describe(process: &egress_common::Process, time: u64, sees_all: bool) -> Process {
-    let stat = || fs::read(format!("/proc/{}/stat", process.pid)).ok().and_then(|stat| Stat::parse(&stat));
-    let stat = if sees_all { stat().filter(|stat| stat.started_by(time)) } else { None };
-    let is_there = stat.is_some();
-    Process {
-        pid: process.pid,
-        ppid: stat.map(|stat| stat.ppid),
-        uid: process.uid,
-        gid: process.gid,
-        comm: text(process.comm.split(|&byte| byte == 0).next().unwrap_or_default()),
-        exe: if is_there {
-            fs::read_link(format!("/proc/{}/exe", process.pid)).ok().as_deref().map(lossy)
-        } else {
-            None
-        },
-        cmdline: if is_there { cmdline(process.pid) } else { None },
+/// Adds what `/proc` tells of it to what the kernel recorded.
+fn describe(
+    recorded: &egress_common::Process,
+    seen: Result<&Seen, Unseen>,
+    truncated: &mut Vec<&'static str>,
+) -> Process {
+    let comm = recorded.comm.split(|&byte| byte == 0).next().unwrap_or_default();
+    let mut process = Process {
+        pid: recorded.pid,
+        ppid: None,
+        uid: recorded.uid,
+        gid: recorded.gid,
+        comm: text::shown(comm, MAX_COMM).0,
+        exe: None,
+        cmdline: None,
+    };
+    match seen {
+        Ok(seen) => {
+            process.ppid = Some(seen.ppid);
+            process.exe = seen.exe.as_ref().map(|exe| {
+                let (exe, is_whole) = text::shown(exe, MAX_EXE);
+                truncated.extend((!is_whole).then_some("process.exe"));
+                exe
+            });
+            process.cmdline = (!seen.cmdline.is_empty()).then(|| {
+                let (arguments, is_whole) = arguments(&seen.cmdline);
+                truncated.extend((!is_whole).then_some("process.cmdline"));
+                arguments
+            });
+        }
+        Err(Unseen::Slow) => truncated.push("process"),
+        Err(Unseen::Gone) => {}
     }
+    process
 }
 
-/// Names of files may hold any bytes; JSON holds only text.
-fn lossy(path: &Path) -> String {
-    path.to_string_lossy().into_owned()
-}
-
-fn cmdline(pid: u32) -> Option<Vec<String>> {
-    let raw = fs::read(format!("/proc/{pid}/cmdline")).ok().filter(|raw| !raw.is_empty())?;
-    let raw = raw.strip_suffix(b"\0").unwrap_or(&raw);
-    Some(raw.split(|&byte| byte == 0).map(text).collect())
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// What is wanted of `/proc/PID/stat`, by `proc_pid_stat(5)`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stat {
-    ppid: u32,
-    /// Clock ticks since boot.
-    start: u64,
-}
-
-impl Stat {
-    /// The name stands in parentheses and may hold anything, parentheses too, so the fields after the last are counted:
-    /// the state is field 3, the parent 4, the start 22.
-    fn parse(stat: &[u8]) -> Option<Self> {
-        let after_name = stat.iter().rposition(|&byte| byte == b')')? + 1;
-        let mut fields = std::str::from_utf8(&stat[after_name..]).ok()?.split_ascii_whitespace();
-        let ppid = fields.nth(1)?.parse().ok()?;
-        let start = fields.nth(17)?.parse().ok()?;
-        Some(Self { ppid, start })
+/// The first arguments of a process, and whether these are all.
+fn arguments(raw: &[u8]) -> (Vec<String>, bool) {
+    let is_whole = raw.len() <= MAX_CMDLINE;
+    let raw = &raw[..raw.len().min(MAX_CMDLINE)];
+    let raw = if is_whole { raw.strip_suffix(b"\0").unwrap_or(raw) } else { raw };
+    let (mut arguments, mut left) = (Vec::new(), MAX_ARGUMENTS);
+    for argument in raw.split(|&byte| byte == 0) {
+        // Two quotes and a comma.
+        let Some(room) = left.checked_sub(3) else { return (arguments, false) };
+        let (argument, is_all) = text::shown(argument, room);
+        left = room - text::size(&argument);
+        arguments.push(argument);
+        if !is_all {
+            return (arguments, false);
+        }
     }
-
-    fn started_by(&self, time: u64) -> bool {
-        let ticks = rustix::param::clock_ticks_per_second().max(1);
-        self.start.saturating_mul(1_000_000_000 / ticks) <= time
-    }
+    (arguments, is_whole)
 }
 
 /// One line for a person.
@@ -371,7 +478,7 @@ impl fmt::Display for Connection {
         }
         write!(f, " reason={}", self.reason)?;
         if let Some(host) = self.destination.as_ref().and_then(|destination| destination.host.as_ref()) {
-            write!(f, " host={host}")?;
+            write!(f, " host={}", text::value(host))?;
         }
         if self.count > 1 {
             write!(f, " count={}", self.count)?;
@@ -380,40 +487,120 @@ impl fmt::Display for Connection {
             write!(f, " note={note}")?;
         }
         if let Some(rule) = &self.rule {
-            write!(f, " rule={:?}", rule.to_string())?;
+            write!(f, " rule={}", text::quoted(&printable(&rule.to_string())))?;
         }
         if let Some(PodName { namespace, name, container, .. }) = &self.pod {
-            write!(f, " pod={namespace}/{name}")?;
-            container.iter().try_for_each(|container| write!(f, "/{container}"))?;
+            let container = container.as_ref().map_or_else(String::new, |container| format!("/{container}"));
+            write!(f, " pod={}", text::value(&format!("{namespace}/{name}{container}")))?;
         }
         let process = &self.process;
-        write!(f, " comm={:?} pid={} uid={}", process.comm, process.pid, process.uid)?;
+        write!(f, " comm={} pid={} uid={}", text::quoted(&process.comm), process.pid, process.uid)?;
         match &self.cgroup.path {
-            Some(path) => write!(f, " cgroup={}", path.escape_debug()),
-            None => write!(f, " cgroup={}", self.cgroup.id),
+            Some(path) => write!(f, " cgroup={}", text::value(path))?,
+            None => write!(f, " cgroup={}", self.cgroup.id)?,
         }
+        let truncated: Vec<&str> = self.truncated.iter().copied().filter(|field| is_in_text(field)).collect();
+        if truncated.is_empty() { Ok(()) } else { write!(f, " truncated={}", truncated.join(",")) }
     }
+}
+
+/// Whether a line for a person has a field.
+fn is_in_text(field: &str) -> bool {
+    matches!(field, "destination.host" | "cgroup.path")
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    #[test]
-    fn a_process_name_with_parentheses_does_not_confuse_the_fields() {
-        let fields = "S 7 1 1 0 -1 4194560 100 0 0 0 0 0 0 0 20 0 1 0 4242 0 0";
-        let stat = format!("42 (a) b (c) {fields}");
-        assert_eq!(Stat::parse(stat.as_bytes()), Some(Stat { ppid: 7, start: 4242 }));
-        for end in 0..stat.len() - 8 {
-            assert_eq!(Stat::parse(&stat.as_bytes()[..end]), None, "{end}");
+    fn recorded(comm: [u8; 16]) -> egress_common::Process {
+        egress_common::Process { cgroup_id: u64::MAX, pid: u32::MAX, tid: 1, uid: u32::MAX, gid: u32::MAX, comm }
+    }
+
+    /// A report of what was seen.
+    fn report(comm: [u8; 16], exe: &[u8], cmdline: &[u8], path: &[u8], name: &[u8]) -> Connection {
+        let mut truncated = Vec::new();
+        let seen = Seen::new(exe, cmdline);
+        let process = describe(&recorded(comm), Ok(&seen), &mut truncated);
+        let long = String::from_utf8_lossy(name).into_owned().repeat(4);
+        let owner = Some(Owner { kind: long.clone(), name: long.clone() });
+        let pod = PodName { namespace: long.clone(), name: long.clone(), container: Some(long.clone()), owner };
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(path));
+        let known = Known::new(path, Vec::new());
+        Connection {
+            time: "2026-11-24T18:58:41.950990343Z".to_owned(),
+            verdict: "would_deny",
+            reason: "unknown_workload",
+            rule: None,
+            protocol: "family 255".to_owned(),
+            hook: "socket_create",
+            errno: Some("EHOSTUNREACH"),
+            count: u64::MAX,
+            note: Some(ADDRESS_SORTING),
+            destination: Some(Destination {
+                address: "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff".parse().unwrap(),
+                port: u16::MAX,
+                host: Some(text::shown(&name.repeat(2), MAX_HOST).0),
+            }),
+            process,
+            cgroup: Cgroup { id: u64::MAX, path: Some(known.shown.0) },
+            unit: Some(text::shown(&name.repeat(2), MAX_UNIT).0),
+            container_id: Some("0123456789abcdef".repeat(4)),
+            pod: Some(bounded_pod(pod)),
+            truncated: vec!["destination.host", "process.exe", "process.cmdline", "cgroup.path", "unit"],
+        }
+    }
+
+    fn is_short(report: &Connection) -> bool {
+        // The name of a rule takes some, too: two names of objects of at most 253 characters each.
+        serde_json::to_vec(report).unwrap().len() + 700 < MAX_LINE && report.to_string().len() + 700 < MAX_LINE
+    }
+
+    /// Kinds of bytes that take the most room when they are shown, or none.
+    fn hostile(most: usize) -> impl Strategy<Value = Vec<u8>> {
+        let one = prop::sample::select(vec![0_u8, 1, 0x1b, b'"', b'\\', b'a', 0x7f, 0xff, 0xe2, 0x80, 0xae, b'\n']);
+        prop_oneof![
+            prop::collection::vec(one, 0..most),
+            Just(vec![0; most]),
+            Just(vec![0x1b; most]),
+            Just(vec![b'"'; most]),
+            Just("\u{202e}".as_bytes().repeat(most / 3)),
+            Just([b'a', 0].repeat(most / 2)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn no_line_is_longer_than_it_may_be(
+            comm: [u8; 16],
+            exe in hostile(4096),
+            cmdline in hostile(MAX_CMDLINE + 1),
+            path in hostile(4096),
+            name in hostile(255),
+        ) {
+            let report = report(comm, &exe, &cmdline, &path, &name);
+            prop_assert!(is_short(&report), "{}", serde_json::to_vec(&report).unwrap().len());
+            let texts = [report.to_string(), serde_json::to_string(&report).unwrap()];
+            prop_assert!(texts.iter().all(|text| !text.chars().any(text::is_treacherous)));
         }
     }
 
     #[test]
-    fn a_process_that_started_after_the_event_is_another_one() {
-        let own = fs::read("/proc/self/stat").unwrap();
-        let stat = Stat::parse(&own).unwrap();
-        assert!(stat.started_by(u64::try_from(boot_clock().as_nanos()).unwrap()));
-        assert!(!stat.started_by(0));
+    fn arguments_are_cut_and_that_is_told() {
+        assert_eq!(arguments(b"a\0\0b c\0"), (vec!["a".to_owned(), String::new(), "b c".to_owned()], true));
+        assert_eq!(arguments(&[b'a'; MAX_CMDLINE]), (vec!["a".repeat(MAX_CMDLINE)], true));
+        assert_eq!(arguments(&[b'a'; MAX_CMDLINE + 1]), (vec!["a".repeat(MAX_CMDLINE)], false));
+        let (many, is_whole) = arguments(&[0; MAX_CMDLINE]);
+        assert!(!is_whole && many.len() == MAX_ARGUMENTS / 3);
+    }
+
+    #[test]
+    fn what_could_pose_as_a_field_is_in_quotes() {
+        let line = report(*b"a\" uid=0 \x1b[2J\0\0\0", b"/x", b"x\0", b"/a comm=\"b\" uid=7", b"n").to_string();
+        assert!(line.contains("comm=\"a\\u{22} uid=0 \\u{1b}[2J\" pid="), "{line}");
+        assert!(line.contains("cgroup=\"/a comm=\\u{22}b\\u{22} uid=7\" truncated="), "{line}");
     }
 }

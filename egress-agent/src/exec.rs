@@ -5,6 +5,7 @@
 //! policy, and it holds as it was then. The rules end with the last process in the cgroup, not with this one.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsString,
     io,
     path::{Path, PathBuf},
@@ -13,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Resource, Rlimit, getrlimit};
+use rustix::{
+    io::Errno,
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
 use thiserror::Error;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -24,7 +28,10 @@ use crate::{
     cgroup::{self, CgroupPaths},
     cli::{ExecArgs, LogLevel},
     compile::{Context, NodeDefault, PodContext},
-    dataplane::{self, Dataplane, DataplaneError, KernelLog, NameSettings, PacketGuard},
+    dataplane::{
+        self, Dataplane, DataplaneError, KernelLog, NameSettings, PacketGuard,
+        others::{self, Other},
+    },
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
     explain::Explainer,
@@ -34,7 +41,7 @@ use crate::{
     report::{Reporter, Sink},
     resolver::{self, Resolver},
     run::{RunError, chain, kernel_log, system},
-    scopes::{UnknownWorkloads, workload},
+    scopes::UnknownWorkloads,
     source::{Policy, Source, SourceOptions},
     workload::{UserIdentity, Workload},
 };
@@ -149,12 +156,27 @@ pub struct Ended {
     pub summary: Summary,
 }
 
-/// What is done before there is a second thread. The limit of locked memory as it was, for the command.
-pub fn prepare(args: &ExecArgs) -> Rlimit {
-    let locked_memory = getrlimit(Resource::Memlock);
+/// Limits that this process may have raised for itself, as they were.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    locked_memory: Rlimit,
+    descriptors: Rlimit,
+}
+
+impl Limits {
+    /// Sets them for this process.
+    fn set(&self) -> Result<(), Errno> {
+        setrlimit(Resource::Memlock, self.locked_memory)?;
+        setrlimit(Resource::Nofile, self.descriptors)
+    }
+}
+
+/// What is done before there is a second thread. The limits as they were, for the command.
+pub fn prepare(args: &ExecArgs) -> Limits {
+    let (locked_memory, descriptors) = (getrlimit(Resource::Memlock), getrlimit(Resource::Nofile));
     privileges::prepare();
     pins::mount_bpffs(&args.pin_dir);
-    locked_memory
+    Limits { locked_memory, descriptors }
 }
 
 /// Runs the command to its end. Must be called in a tokio runtime, on the only thread of the process.
@@ -163,20 +185,20 @@ pub async fn exec(
     log: LogLevel,
     object: &[u8],
     sudo: &Sudo,
-    locked_memory: Rlimit,
+    limits: &Limits,
 ) -> Result<Ended, ExecError> {
     if !rustix::process::geteuid().is_root() {
         return Err(DataplaneError::Privilege.into());
     }
     let user = user::choose(args.user.as_deref(), sudo)?;
-    let mut source = Source::new(options(args))?;
+    let mut source = Source::new(options(args));
     // A source must have a path: that of the daemon is followed.
     let policy = if args.policies.is_empty() { source.accept(Loaded::default())? } else { source.read()? };
     dataplane::probe()?;
     let mount = cgroup::mount_point().map_err(RunError::from)?;
     let scratch = Scratch::make(&args.pin_dir, &mount, user.as_ref().map_or(0, |user| user.uid))?;
     let dropped = dropped(user.as_ref(), &args.keep_capabilities);
-    let command = Command { words: &args.command, user: user.as_ref(), dropped, locked_memory };
+    let command = Command { words: &args.command, user: user.as_ref(), dropped, limits };
     let behind = Behind { args, log: kernel_log(log), object, source: &source, policy: &policy, mount: &mount };
     let ended = behind.run(&command, &scratch).await;
     let cgroup = scratch.cgroup().to_owned();
@@ -251,7 +273,8 @@ struct Behind<'a> {
 
 impl Behind<'_> {
     async fn run(&self, command: &Command<'_>, scratch: &Scratch) -> Result<Ended, ExecError> {
-        let target = Target::open(scratch.cgroup(), self.mount)?;
+        let mut target = Target::open(scratch.cgroup(), self.mount)?;
+        target.is_our_own = true;
         let settings = resolver::Settings { servers: self.args.resolver.clone(), ..resolver::Settings::default() };
         let started = Resolver::start(settings, self.policy.names.clone(), RESOLVE_WAIT).await;
         let (mut resolver, names) = started.map_err(RunError::from)?;
@@ -269,6 +292,7 @@ impl Behind<'_> {
         let selector = self.source.selector(self.policy, names);
         let (mut enforcement, _) = Enforcement::new(target, dataplane, selector)?;
         enforcement.expect_matching()?;
+        let filters = self.others(&enforcement);
         enforcement.attach()?;
         enforcement.dataplane.commit()?;
 
@@ -276,6 +300,7 @@ impl Behind<'_> {
         let child = command.spawn(scratch.cgroup())?;
         // The command has what it is to have; this process needs little from here on.
         privileges::keep_only(KEPT);
+        crate::log::write_behind();
         let tally = Arc::new(Mutex::new(Tally::default()));
         let reporter = self.report(&mut enforcement.dataplane, hosts.clone(), Arc::clone(&tally));
         let status = self.follow(child, forwarded, &mut enforcement, (&mut resolver, &hosts)).await;
@@ -286,7 +311,20 @@ impl Behind<'_> {
         }
         report_lost(&enforcement.dataplane);
         let tally = tally.lock().map(|mut tally| std::mem::take(&mut *tally)).unwrap_or_default();
-        Ok(Ended { code: code(status?), summary: self.summary(tally, workload, &context) })
+        Ok(Ended { code: code(status?), summary: Summary { filters, ..self.summary(tally, workload, &context) } })
+    }
+
+    /// Who else judges the command, before this filter is attached.
+    fn others(&self, enforcement: &Enforcement) -> Vec<Other> {
+        let others = others::find(self.mount, &enforcement.cgroup.path, &BTreeSet::new());
+        let others = others.unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot tell who else judges the command");
+            Vec::new()
+        });
+        for other in &others {
+            tracing::info!("{other}");
+        }
+        others
     }
 
     /// The rules are compiled for it once more, so only where something was refused.
@@ -362,7 +400,7 @@ impl Behind<'_> {
 /// The command as policies see it.
 fn described(cgroup: &Path, command: &Command<'_>) -> Workload {
     let user = UserIdentity { uid: Some(command.uid()), name: command.user.and_then(|user| user.name.clone()) };
-    Workload { user: Some(user), ..workload(&cgroup::below(cgroup).to_string_lossy()) }
+    Workload { user: Some(user), ..Workload::of_cgroup(cgroup::below(cgroup)) }
 }
 
 fn report_lost(dataplane: &Dataplane) {

@@ -6,17 +6,16 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    fs, io,
+    io,
     net::UdpSocket,
-    os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use egress_common::{Flow, Protocol, Reason, Verdict};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::{
-    cgroup::{below, directories, tasks},
+    cgroup::{Found, below, found_below, tasks},
     netns::Namespace,
     policy::{EgressPolicy, Existing, Mode, PolicySet},
     privileges::TERMINATE,
@@ -100,7 +99,7 @@ impl Sweep<'_> {
                 0
             }
         };
-        cgroups.namespaces().values().map(ended).sum()
+        cgroups.namespaces.values().map(ended).sum()
     }
 
     /// In the network namespace of the calling thread.
@@ -144,8 +143,7 @@ impl Sweep<'_> {
         if let Some(placement) = self.layout.placements.get(&id) {
             return Some(placement.own);
         }
-        let above = cgroups.paths.get(&id)?.ancestors().skip(1);
-        let mut placements = above.filter_map(|path| self.layout.placements.get(cgroups.ids.get(path)?));
+        let mut placements = cgroups.above(id).filter_map(|above| self.layout.placements.get(&above));
         placements.next().map(|placement| placement.below)
     }
 }
@@ -168,21 +166,25 @@ fn end(diag: &SockDiag, socket: &Socket, rule: &str) -> bool {
 
 /// The cgroups below a directory, and that itself.
 struct Cgroups {
-    paths: HashMap<u64, PathBuf>,
-    ids: HashMap<PathBuf, u64>,
+    /// By id, that of the cgroup above; of the directory itself, its own.
+    parents: HashMap<u64, u64>,
+    /// By their number, the network namespaces that processes are in.
+    namespaces: BTreeMap<u64, Namespace>,
 }
 
 impl Cgroups {
     fn below(top: &Path) -> Self {
-        let with_id = |path: PathBuf| Some((fs::metadata(&path).ok()?.ino(), path));
-        let paths: HashMap<u64, PathBuf> = directories(top).filter_map(with_id).collect();
-        let ids = paths.iter().map(|(&id, path)| (path.clone(), id)).collect();
-        Self { paths, ids }
+        let (mut parents, mut namespaces) = (HashMap::new(), BTreeMap::new());
+        for Found { directory, id, parent } in found_below(top) {
+            parents.insert(id, parent.unwrap_or(id));
+            namespaces.extend(tasks(&directory).into_iter().filter_map(|pid| Namespace::of(pid).ok()));
+        }
+        Self { parents, namespaces }
     }
 
-    /// By their number, each network namespace that a process of one of these is in.
-    fn namespaces(&self) -> BTreeMap<u64, Namespace> {
-        let pids = self.paths.values().flat_map(|path| tasks(path));
-        pids.filter_map(|pid| Namespace::of(pid).ok()).collect()
+    /// The ids of the cgroups above one, the nearest first.
+    fn above(&self, id: u64) -> impl Iterator<Item = u64> {
+        let parent = |&id: &u64| self.parents.get(&id).copied().filter(|&parent| parent != id);
+        std::iter::successors(Some(id), parent).skip(1)
     }
 }

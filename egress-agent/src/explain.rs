@@ -14,9 +14,10 @@ use crate::{
         Block, CompileError, Context, Part, Statement, assemble,
         combine::{Combined, combine, policy_statements, service_statements},
     },
-    policy::{EgressPolicy, L4, Mode, ObjectName, PolicySet, RuleName, diagnostic::printable, write},
+    policy::{EgressPolicy, L4, Mode, ObjectName, PolicySet, RuleName, write},
     prefix::Prefix,
     ruleset::Ruleset,
+    text::printable_bytes,
     workload::{Workload, selects},
 };
 
@@ -340,7 +341,7 @@ impl std::fmt::Display for Explanation {
 fn located(rule: &RuleName) -> String {
     match rule {
         RuleName::Document { at, .. } => {
-            format!("{rule} ({}:{})", printable(&at.file.to_string_lossy()), at.line)
+            format!("{rule} ({}:{})", printable_bytes(&*at.file), at.line)
         }
         RuleName::Builtin(_) => rule.to_string(),
     }

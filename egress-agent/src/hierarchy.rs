@@ -1,12 +1,12 @@
 //! The cgroups at and below the attach point, as far as policies look into them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ffi::{OsStr, OsString},
     fs, io,
     mem::MaybeUninit,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::AsFd,
         unix::{ffi::OsStrExt, fs::MetadataExt},
     },
     path::{Path, PathBuf},
@@ -14,15 +14,14 @@ use std::{
 
 use egress_common::MAX_LEVEL;
 use rustix::{
-    fs::inotify::{self, ReadFlags, Reader, WatchFlags},
+    fs::inotify::{ReadFlags, Reader, WatchFlags},
     io::Errno,
 };
-use tokio::io::unix::AsyncFd;
 
 use crate::{
-    cgroup::{below, children},
+    cgroup::{below, children, is_gone, reach},
     scopes::Node,
-    watch::inotify,
+    watch::Inotify,
 };
 
 /// Cgroups that come and go. The parents of those that are known are watched.
@@ -40,9 +39,11 @@ pub(crate) struct Hierarchy {
     top: PathBuf,
     /// By path below the mount, so that parents come before children.
     known: BTreeMap<PathBuf, u64>,
+    /// Cgroups of the deepest level that is known, which are to be looked into and have cgroups below them.
+    too_deep: BTreeSet<PathBuf>,
     /// What is always known, if it is there: the agent's own cgroup.
     always: Option<PathBuf>,
-    inotify: AsyncFd<OwnedFd>,
+    inotify: Inotify,
     watches: HashMap<i32, PathBuf>,
 }
 
@@ -56,25 +57,30 @@ pub(crate) struct Changed {
 }
 
 impl Hierarchy {
-    /// Of the cgroup `top`, a path below the mount; nothing is known yet. Must be called in a tokio runtime.
-    pub(crate) fn new(mount: &Path, top: &Path, always: Option<&Path>) -> io::Result<Self> {
+    /// Of the cgroup `top`, a path below the mount; nothing is known yet.
+    pub(crate) fn new(mount: &Path, top: &Path, always: Option<&Path>) -> Self {
         let top = below(top).to_owned();
         let always = always.map(below).filter(|path| path.starts_with(&top)).map(Path::to_owned);
-        let (known, watches) = (BTreeMap::new(), HashMap::new());
-        Ok(Self { mount: mount.to_owned(), top, known, always, inotify: inotify()?, watches })
+        let (known, too_deep, watches) = (BTreeMap::new(), BTreeSet::new(), HashMap::new());
+        Self { mount: mount.to_owned(), top, known, too_deep, always, inotify: Inotify::default(), watches }
     }
 
     /// The known cgroups, the top first and parents before children.
     pub(crate) fn nodes(&self) -> Vec<Node> {
-        let node = |(path, &id): (&PathBuf, _)| Node { id, path: path.to_string_lossy().into_owned() };
+        let node = |(path, &id): (&PathBuf, _)| Node { id, path: path.clone() };
         self.known.iter().map(node).collect()
     }
 
-    /// Looks at everything again: the top, and the children of all that `looks_below` wants looked into. If that fails,
+    /// Cgroups of level [`MAX_LEVEL`] that have cgroups below them which policies may select, and which are not known.
+    pub(crate) const fn too_deep(&self) -> &BTreeSet<PathBuf> {
+        &self.too_deep
+    }
+
+    /// Looks at everything again, in a tokio runtime: the top, and the children of all that `looks_below` wants looked into. If that fails,
     /// what was known stays known.
-    pub(crate) fn look(&mut self, looks_below: &dyn Fn(&str) -> bool) -> io::Result<()> {
-        let before = std::mem::take(&mut self.known);
-        self.visit(self.top.clone(), looks_below).inspect_err(|_| self.known = before)
+    pub(crate) fn look(&mut self, looks_below: &mut dyn FnMut(&Path) -> bool) -> io::Result<()> {
+        let before = (std::mem::take(&mut self.known), std::mem::take(&mut self.too_deep));
+        self.visit(self.top.clone(), looks_below).inspect_err(|_| (self.known, self.too_deep) = before)
     }
 
     /// Waits until cgroups came or went.
@@ -90,11 +96,16 @@ impl Hierarchy {
     }
 
     /// Looks again at what changed.
-    pub(crate) fn update(&mut self, changed: Changed, looks_below: &dyn Fn(&str) -> bool) -> io::Result<()> {
+    pub(crate) fn update(&mut self, changed: Changed, looks_below: &mut dyn FnMut(&Path) -> bool) -> io::Result<()> {
         if changed.missed {
             return self.look(looks_below);
         }
-        for cgroup in changed.cgroups {
+        let deepest = usize::from(MAX_LEVEL);
+        let parents: BTreeSet<&Path> = changed.cgroups.iter().filter_map(|cgroup| cgroup.parent()).collect();
+        for parent in parents.into_iter().filter(|parent| parent.iter().count() == deepest) {
+            self.look_for_too_deep(parent)?;
+        }
+        for cgroup in changed.cgroups.into_iter().filter(|cgroup| cgroup.iter().count() <= deepest) {
             self.forget(&cgroup);
             self.visit(cgroup, looks_below)?;
         }
@@ -112,41 +123,75 @@ impl Hierarchy {
             .collect();
         for path in below {
             self.known.remove(&path);
+            self.too_deep.remove(&path);
         }
     }
 
     /// Learns a cgroup and what is to be known below it. It is watched before it is read, so that no child is missed.
-    fn visit(&mut self, path: PathBuf, looks_below: &dyn Fn(&str) -> bool) -> io::Result<()> {
+    fn visit(&mut self, path: PathBuf, looks_below: &mut dyn FnMut(&Path) -> bool) -> io::Result<()> {
         let mut todo = vec![path];
         while let Some(path) = todo.pop() {
-            let directory = self.mount.join(&path);
-            let looks = looks_below(&path.to_string_lossy());
-            if looks && !self.watch(&directory, &path)? {
+            let looks = looks_below(&path);
+            if looks && !self.watch(&path)? {
                 continue;
             }
             // A cgroup that goes away while we look is no longer there to be learnt.
-            let Ok(meta) = fs::metadata(&directory) else { continue };
-            if path.components().count() < usize::from(MAX_LEVEL) {
-                let leads_to_always =
-                    |name: &OsString| self.always.as_ref().is_some_and(|always| always.starts_with(path.join(name)));
-                let wanted = children(&directory).filter(|name| looks || leads_to_always(name));
-                todo.extend(wanted.map(|name| path.join(name)));
+            let Some(id) = unless_gone(reach(&self.mount.join(&path)).and_then(|path| fs::metadata(&*path)))? else {
+                continue;
+            };
+            if path.iter().count() == usize::from(MAX_LEVEL) {
+                if looks {
+                    self.look_for_too_deep(&path)?;
+                }
+            } else if looks {
+                todo.extend(self.names_below(&path)?.into_iter().map(|name| path.join(name)));
+            } else {
+                todo.extend(self.next_to_always(&path));
             }
-            self.known.insert(path, meta.ino());
+            self.known.insert(path, id.ino());
+        }
+        Ok(())
+    }
+
+    fn names_below(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        Ok(unless_gone(children(&self.mount.join(path)).map(Iterator::collect))?.unwrap_or_default())
+    }
+
+    /// The next cgroup on the way to the one that is always known.
+    fn next_to_always(&self, path: &Path) -> Option<PathBuf> {
+        let next = self.always.as_ref()?.strip_prefix(path).ok()?.iter().next()?;
+        Some(path.join(next))
+    }
+
+    /// Whether there is anything below a cgroup of the deepest level.
+    fn look_for_too_deep(&mut self, path: &Path) -> io::Result<()> {
+        if self.names_below(path)?.is_empty() {
+            self.too_deep.remove(path);
+        } else {
+            self.too_deep.insert(path.to_owned());
         }
         Ok(())
     }
 
     /// Whether it is there to be watched.
-    fn watch(&mut self, directory: &Path, path: &Path) -> io::Result<bool> {
-        match inotify::add_watch(&self.inotify, directory, CHANGES) {
+    fn watch(&mut self, path: &Path) -> io::Result<bool> {
+        let Some(directory) = unless_gone(reach(&self.mount.join(path)))? else { return Ok(false) };
+        match self.inotify.watch(&directory, CHANGES) {
             Ok(watch) => {
                 self.watches.insert(watch, path.to_owned());
                 Ok(true)
             }
-            Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
-            Err(errno) => Err(errno.into()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(error) => Err(error),
         }
+    }
+}
+
+/// `None` for a cgroup that is gone.
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if is_gone(&error) => Ok(None),
+        result => result.map(Some),
     }
 }
 

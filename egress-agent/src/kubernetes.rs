@@ -9,6 +9,7 @@
 use std::{
     collections::BTreeSet,
     io,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
 };
@@ -49,7 +50,7 @@ pub struct Settings {
     /// Namespaces whose pods are not filtered by default.
     pub exempt: BTreeSet<String>,
     /// The filtered cgroup, below the mount.
-    pub top: String,
+    pub top: PathBuf,
     /// Policies may ask for open connections to be ended.
     pub may_terminate: bool,
 }
@@ -76,7 +77,7 @@ impl Settings {
             entries_from: BTreeSet::new(),
             all_namespaces: false,
             exempt: BTreeSet::from(["kube-system".to_owned()]),
-            top: "kubepods".to_owned(),
+            top: "kubepods".into(),
             may_terminate: false,
         }
     }

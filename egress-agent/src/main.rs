@@ -6,6 +6,7 @@ use std::{
     io::{self, BufRead, BufReader, BufWriter, IsTerminal, Write},
     path::Path,
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -19,6 +20,8 @@ use egress_agent::{
         Explainer,
         ask::{self, Target, Who, flows},
     },
+    log,
+    notify::Notifier,
     pins::{self, PinError},
     policy::{
         diagnostic::{Color, Severity, render},
@@ -27,11 +30,14 @@ use egress_agent::{
     privileges, resolv,
     run::{self, Reloaded, chain},
     settings,
-    status::Status,
+    status::{self, FromAgent, Pending, Status},
+    stop,
+    text::{self, printable},
     users::{PASSWD, Users},
 };
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
+    fmt::MakeWriter,
     layer::SubscriberExt,
     util::SubscriberInitExt,
 };
@@ -59,11 +65,20 @@ fn main() -> ExitCode {
         }
         Err(error) => error.exit(),
     };
-    start_log(cli.log);
     match cli.command {
         Command::Run(args) => run(&args, cli.log),
         Command::Exec(args) => exec(&args, cli.log),
-        Command::Status(args) => finish(status(&args)),
+        command => short(command, cli.log),
+    }
+}
+
+/// A command that only reads and tells: who does not read what it says has time to wait for it.
+fn short(command: Command, level: LogLevel) -> ExitCode {
+    start_log(level, io::stderr);
+    match command {
+        // They were told from these.
+        Command::Run(_) | Command::Exec(_) => ExitCode::from(2),
+        Command::Status(args) => finish(tell_status(&args)),
         Command::Reload(args) => finish(reload(&args)),
         Command::Detach(args) => finish(detach(&args)),
         Command::Check(args) => finish(check(&args)),
@@ -82,9 +97,10 @@ fn finish(result: anyhow::Result<u8>) -> ExitCode {
     }
 }
 
-/// Writes to stderr. There is nobody to tell if that fails.
+/// Writes to stderr, which shows what others have put into it.
 fn say(text: &str) {
-    let _ = io::stderr().write_all(text.as_bytes());
+    let lines: Vec<_> = text.split('\n').map(printable).collect();
+    log::say(&lines.join("\n"));
 }
 
 /// Whoever stops reading has read enough: `egress-agent check … | head`. The status is what it would have been.
@@ -102,7 +118,7 @@ fn color() -> Color {
     if wanted { Color::Ansi } else { Color::Never }
 }
 
-fn status(args: &StatusArgs) -> anyhow::Result<u8> {
+fn tell_status(args: &StatusArgs) -> anyhow::Result<u8> {
     let status = Status::read(&args.agent.pin_dir, &args.agent.run_dir)?;
     if let Some(probe) = args.probe {
         let is_met = status.is(probe);
@@ -114,7 +130,7 @@ fn status(args: &StatusArgs) -> anyhow::Result<u8> {
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match output(args.output) {
         Output::Text => write!(out, "{status}"),
-        Output::Json => serde_json::to_writer(&mut out, &status).map_err(io::Error::from).and_then(|()| writeln!(out)),
+        Output::Json => text::to_json(&mut out, &status).map_err(io::Error::from).and_then(|()| writeln!(out)),
     };
     unless_reader_left(written.and_then(|()| out.flush())).context("cannot write the status")?;
     Ok(status.exit_code())
@@ -127,12 +143,36 @@ fn reload(args: &ReloadArgs) -> anyhow::Result<u8> {
         control::tell(&socket, Request::Reload).with_context(unreached)?;
         return Ok(0);
     }
-    let Reloaded { generation, error } = control::ask(&socket, Request::Reload).with_context(unreached)?;
-    match &error {
-        None => say(&format!("generation {generation} is in force\n")),
-        Some(error) => say(&format!("error: {error}; generation {generation} stays in force\n")),
+    let patience = Duration::from_secs(args.timeout);
+    let Reloaded { generation, error, pending } = match control::ask_within(&socket, Request::Reload, patience) {
+        Ok(reloaded) => reloaded,
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(overdue(&socket, args.timeout)),
+        Err(error) => return Err(error).with_context(unreached),
+    };
+    match (&error, &pending) {
+        (None, None) => say(&format!("generation {generation} is in force\n")),
+        (Some(error), _) => say(&format!("error: {error}; generation {generation} stays in force\n")),
+        (None, Some(Pending { reason, .. })) => {
+            say(&format!("error: not all of the policy on disk is in force: {reason}; generation {generation} is\n"));
+        }
     }
-    Ok(u8::from(error.is_some()))
+    for other in status::others(&args.agent.pin_dir) {
+        say(&format!("warning: {other}\n"));
+    }
+    Ok(u8::from(error.is_some() || pending.is_some()))
+}
+
+/// Tells why a reload is not answered in time, as far as the agent knows.
+fn overdue(socket: &Path, seconds: u64) -> u8 {
+    let told = control::ask::<FromAgent>(socket, Request::Status);
+    let why = match told {
+        Ok(FromAgent { pending: Some(pending), .. }) => pending.reason,
+        Ok(FromAgent { changing_since: Some(since), .. }) => format!("a change is being put in force since {since}"),
+        Ok(_) => "the agent is busy".to_owned(),
+        Err(error) => format!("the agent does not answer: {error}"),
+    };
+    say(&format!("error: not known to be in force after {seconds} s: {why}\n"));
+    1
 }
 
 fn detach(args: &DetachArgs) -> anyhow::Result<u8> {
@@ -219,15 +259,26 @@ fn who(args: &ExplainArgs) -> Who {
     }
 }
 
-fn run(args: &RunArgs, log: LogLevel) -> ExitCode {
+fn run(args: &RunArgs, level: LogLevel) -> ExitCode {
+    start_log(level, log::start());
+    let code = run_to_the_end(args, level);
+    log::flush();
+    code
+}
+
+fn run_to_the_end(args: &RunArgs, level: LogLevel) -> ExitCode {
+    if let Err(error) = stop::expect() {
+        tracing::warn!(%error, "signals end the agent only where it expects them");
+    }
     privileges::prepare();
     // The only thing that needs more than is kept. Whether it is mounted is seen when it is used.
     pins::mount_bpffs(&args.pin_dir);
     // Before there is a second thread, which would keep its own.
     // Whether connections are to be ended is known when the policy is read.
     privileges::keep_only(privileges::START | privileges::TERMINATE | run::files(args));
+    log::write_behind();
     let Some(runtime) = runtime() else { return ExitCode::from(4) };
-    let result = runtime.block_on(run::run(args, log, OBJECT));
+    let result = runtime.block_on(run::run(args, level, OBJECT, Notifier::new(std::env::var_os("NOTIFY_SOCKET"))));
     // A policy that is still being compiled when the agent is asked to stop is not waited for.
     runtime.shutdown_background();
     match result {
@@ -245,16 +296,28 @@ fn runtime() -> Option<tokio::runtime::Runtime> {
     runtime.inspect_err(|error| tracing::error!(%error, "cannot start")).ok()
 }
 
-fn exec(args: &ExecArgs, log: LogLevel) -> ExitCode {
-    let locked_memory = exec::prepare(args);
+fn exec(args: &ExecArgs, level: LogLevel) -> ExitCode {
+    start_log(level, log::start());
+    let code = exec_to_the_end(args, level);
+    log::flush_while_read();
+    code
+}
+
+fn exec_to_the_end(args: &ExecArgs, level: LogLevel) -> ExitCode {
+    let limits = exec::prepare(args);
     let sudo = Sudo { uid: std::env::var_os("SUDO_UID"), gid: std::env::var_os("SUDO_GID") };
     let Some(runtime) = runtime() else { return ExitCode::from(exec::FAILED) };
-    match runtime.block_on(exec::exec(args, log, OBJECT, &sudo, locked_memory)) {
+    match runtime.block_on(exec::exec(args, level, OBJECT, &sudo, &limits)) {
         Ok(Ended { code, summary }) => {
             if !summary.is_empty() {
                 match args.output {
                     Output::Text => say(&summary.to_string()),
-                    Output::Json => say(&(serde_json::json!(summary).to_string() + "\n")),
+                    Output::Json => {
+                        let mut json = Vec::new();
+                        // A summary is JSON, and there is room for it.
+                        let _ = text::to_json(&mut json, &summary);
+                        say(&(String::from_utf8_lossy(&json) + "\n"));
+                    }
                 }
             }
             ExitCode::from(code)
@@ -266,7 +329,7 @@ fn exec(args: &ExecArgs, log: LogLevel) -> ExitCode {
     }
 }
 
-fn start_log(level: LogLevel) {
+fn start_log<W: for<'w> MakeWriter<'w> + Send + Sync + 'static>(level: LogLevel, writer: W) {
     let filter = match level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
@@ -280,6 +343,10 @@ fn start_log(level: LogLevel) {
         // It writes down whole answers that it cannot read. What is wrong with them is told by whoever asked.
         .with_target("kube_client", LevelFilter::OFF);
     let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let format = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(color).with_target(false);
+    let format = tracing_subscriber::fmt::layer()
+        .with_writer(writer)
+        .fmt_fields(log::fields())
+        .with_ansi(color)
+        .with_target(false);
     tracing_subscriber::registry().with(format).with(targets).init();
 }

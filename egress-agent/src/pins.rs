@@ -4,6 +4,7 @@
 //! is in force. Whatever is named otherwise is not ours and is left alone.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, DirBuilder, File},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
@@ -21,6 +22,7 @@ use thiserror::Error;
 use crate::{
     cgroup::{self, CgroupPaths},
     dataplane::pinned,
+    text::printable_bytes,
 };
 
 /// `BPF_FS_MAGIC` of `linux/magic.h`.
@@ -184,10 +186,10 @@ pub fn remove_all(path: &Path) -> Result<Vec<String>, PinError> {
         attached.dedup_by_key(|(_, id)| *id);
         pinned::remove(&set)?;
         for (_, id) in attached {
-            let cgroup = paths.as_mut().and_then(|paths| paths.path(id, None)).map(|path| path.display().to_string());
+            let cgroup = paths.as_mut().and_then(|paths| paths.path(id)).map(printable_bytes);
             removed.push(format!("cgroup {} is no longer filtered", cgroup.unwrap_or_else(|| id.to_string())));
         }
-        removed.push(format!("removed {}", set.display()));
+        removed.push(format!("removed {}", printable_bytes(&set)));
     }
     pins.remove()?;
     Ok(removed)
@@ -196,6 +198,12 @@ pub fn remove_all(path: &Path) -> Result<Vec<String>, PinError> {
 /// Every complete set of a pin directory, the oldest first; none if it is not there.
 pub fn sets(path: &Path) -> Result<Vec<PathBuf>, PinError> {
     directories(path, "set-")
+}
+
+/// The ids of the programs of every set of a pin directory, half-made ones too.
+pub fn programs(path: &Path) -> BTreeSet<u32> {
+    let sets = ["new-", "set-"].into_iter().flat_map(|kind| directories(path, kind).unwrap_or_default());
+    sets.flat_map(|set| pinned::programs(&set).collect::<Vec<_>>()).collect()
 }
 
 /// The directories of a kind, in the order of their numbers. What has such a name and is no directory is not ours.

@@ -5,6 +5,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    ffi::OsStr,
+    path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
 };
 
@@ -59,7 +61,7 @@ pub struct Member {
 /// The pods of this node.
 #[derive(Debug, Clone, Default)]
 pub struct Pods {
-    roots: Arc<[String]>,
+    roots: Arc<[PathBuf]>,
     /// By uid.
     members: HashMap<String, Arc<Member>>,
     is_any_refused: bool,
@@ -80,7 +82,7 @@ pub enum Place<'a> {
 
 /// The parts of a path, as the kubelet makes it.
 #[derive(Debug, PartialEq, Eq)]
-enum Path<'a> {
+enum Parts<'a> {
     Elsewhere,
     Parent,
     /// A cgroup of a pod, and what lies directly below the pod's.
@@ -93,11 +95,11 @@ enum Path<'a> {
 impl Pods {
     /// Nobody yet. `top` is the cgroup that is filtered: pods lie directly below it if it has the name of one of [`ROOTS`],
     /// wherever it is, else below these.
-    pub fn below(top: &str) -> Self {
-        let top = top.trim_matches('/');
-        let name = top.rsplit('/').next().unwrap_or_default();
+    pub fn below(top: &Path) -> Self {
+        let top = cgroup::below(top);
+        let name = top.file_name().and_then(OsStr::to_str).unwrap_or_default();
         let is_root = name == "kubepods" || name == "kubepods.slice" || name.ends_with("-kubepods.slice");
-        let roots = if is_root { vec![top.to_owned()] } else { ROOTS.map(str::to_owned).to_vec() };
+        let roots = if is_root { vec![top.to_owned()] } else { ROOTS.map(PathBuf::from).to_vec() };
         Self { roots: roots.into(), ..Self::default() }
     }
 
@@ -116,7 +118,7 @@ impl Pods {
 
     /// Keeps those of `before` that the API has forgotten, and whose cgroups are still there: a pod may be deleted by force while
     /// its containers run on.
-    pub fn keep<'p>(&mut self, before: &Self, paths: impl IntoIterator<Item = &'p str>) {
+    pub fn keep<'p>(&mut self, before: &Self, paths: impl IntoIterator<Item = &'p Path>) {
         for path in paths {
             if let (Place::Unknown, Place::Pod(member)) = (self.place(path), before.place(path)) {
                 self.members.insert(member.info.uid.clone(), Arc::clone(member));
@@ -140,25 +142,25 @@ impl Pods {
     }
 
     /// What the cgroup of a path below the mount is.
-    pub fn place(&self, path: &str) -> Place<'_> {
+    pub fn place(&self, path: &Path) -> Place<'_> {
         match self.parse(path) {
-            Path::Elsewhere => Place::Elsewhere,
-            Path::Parent => Place::Parent,
-            Path::Pod { uid, .. } => self.member(uid).map_or(Place::Unknown, Place::Pod),
+            Parts::Elsewhere => Place::Elsewhere,
+            Parts::Parent => Place::Parent,
+            Parts::Pod { uid, .. } => self.member(uid).map_or(Place::Unknown, Place::Pod),
         }
     }
 
     /// The uid of the pod that a cgroup belongs to, as the API writes it.
-    pub fn uid(&self, path: &str) -> Option<String> {
+    pub fn uid(&self, path: &Path) -> Option<String> {
         match self.parse(path) {
-            Path::Pod { uid, .. } => Some(uid.replace('_', "-")),
-            Path::Elsewhere | Path::Parent => None,
+            Parts::Pod { uid, .. } => Some(uid.replace('_', "-")),
+            Parts::Elsewhere | Parts::Parent => None,
         }
     }
 
     /// The pod that a cgroup belongs to, and the container's name in it.
-    pub fn describe(&self, path: &str) -> Option<PodName> {
-        let Path::Pod { uid, container } = self.parse(path) else { return None };
+    pub fn describe(&self, path: &Path) -> Option<PodName> {
+        let Parts::Pod { uid, container } = self.parse(path) else { return None };
         let info = &self.member(uid)?.info;
         let id = container.and_then(|name| cgroup::container_id(name.as_ref()));
         Some(PodName {
@@ -174,26 +176,22 @@ impl Pods {
         self.members.get(&*uid.replace('_', "-"))
     }
 
-    fn parse<'p>(&self, path: &'p str) -> Path<'p> {
-        let path = path.trim_matches('/');
+    fn parse<'p>(&self, path: &'p Path) -> Parts<'p> {
+        let path = cgroup::below(path);
         self.roots
             .iter()
             .map(|root| parse(root, path))
-            .find(|found| *found != Path::Elsewhere)
-            .unwrap_or(Path::Elsewhere)
+            .find(|found| *found != Parts::Elsewhere)
+            .unwrap_or(Parts::Elsewhere)
     }
 }
 
-fn parse<'p>(root: &str, path: &'p str) -> Path<'p> {
-    let below = match path.strip_prefix(root) {
-        Some("") => return Path::Parent,
-        Some(rest) => rest.strip_prefix('/'),
-        None => None,
-    };
-    let Some(below) = below else { return Path::Elsewhere };
-    let slice = root.rsplit('/').next().and_then(|name| name.strip_suffix(".slice"));
-    let mut names = below.split('/');
-    let first = names.next().unwrap_or_default();
+/// The kubelet writes text; a name that is none is not its.
+fn parse<'p>(root: &Path, path: &'p Path) -> Parts<'p> {
+    let Ok(below) = path.strip_prefix(root) else { return Parts::Elsewhere };
+    let slice = root.file_name().and_then(OsStr::to_str).and_then(|name| name.strip_suffix(".slice"));
+    let mut names = below.iter().map(|name| name.to_str().unwrap_or_default());
+    let Some(first) = names.next() else { return Parts::Parent };
     let class = CLASSES.into_iter().find(|&class| match slice {
         Some(slice) => unfix(first, slice, ".slice") == Some(class),
         None => first == class,
@@ -201,7 +199,7 @@ fn parse<'p>(root: &str, path: &'p str) -> Path<'p> {
     let (name, class) = match class {
         Some(class) => match names.next() {
             Some(name) => (name, Some(class)),
-            None => return Path::Parent,
+            None => return Parts::Parent,
         },
         None => (first, None),
     };
@@ -213,8 +211,8 @@ fn parse<'p>(root: &str, path: &'p str) -> Path<'p> {
         None => Some(name),
     };
     match pod.and_then(|pod| pod.strip_prefix("pod")).filter(|uid| is_uid(uid)) {
-        Some(uid) => Path::Pod { uid, container: names.next() },
-        None => Path::Elsewhere,
+        Some(uid) => Parts::Pod { uid, container: names.next() },
+        None => Parts::Elsewhere,
     }
 }
 
@@ -253,13 +251,15 @@ impl PodNames {
     }
 
     /// The pod that a cgroup belongs to.
-    pub fn describe(&self, path: &str) -> Option<PodName> {
+    pub fn describe(&self, path: &Path) -> Option<PodName> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).describe(path)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt as _;
+
     use super::*;
 
     const UID: &str = "8f14e45f-ceea-467f-a8b5-6f1e2d3c4b5a";
@@ -277,11 +277,11 @@ mod tests {
             pod: workload::Pod { namespace: "shop".to_owned(), ..workload::Pod::default() },
         };
         let members = [member(UID, "ratings", 7), member(&"0f".repeat(16), "static", 7), member(UID, "impostor", 8)];
-        Pods::below(top).with(members, false)
+        Pods::below(top.as_ref()).with(members, false)
     }
 
     fn name_at(pods: &Pods, path: &str) -> String {
-        match pods.place(path) {
+        match pods.place(path.as_ref()) {
             Place::Elsewhere => "elsewhere".to_owned(),
             Place::Parent => "parent".to_owned(),
             Place::Unknown => "unknown".to_owned(),
@@ -344,8 +344,8 @@ mod tests {
     fn a_pod_that_was_deleted_by_force_stays_as_long_as_its_cgroup() {
         let (before, path) = (pods("/"), format!("kubepods/pod{UID}"));
         let kept = |paths: &[&str]| {
-            let mut pods = Pods::below("/").with([], false);
-            pods.keep(&before, paths.iter().copied());
+            let mut pods = Pods::below("/".as_ref()).with([], false);
+            pods.keep(&before, paths.iter().map(AsRef::as_ref));
             name_at(&pods, &path)
         };
         assert_eq!(kept(&[&path, "kubepods", "kubepods/pod123"]), "ratings");
@@ -355,10 +355,13 @@ mod tests {
     #[test]
     fn reports_name_the_container_directly_below_the_pod() {
         let (pods, id) = (pods("/"), "ab".repeat(32));
-        let container = |path: String| pods.describe(&path).unwrap().container;
+        let container = |path: String| pods.describe(path.as_ref()).unwrap().container;
         assert_eq!(container(format!("kubepods/pod{UID}/{id}/deeper")).as_deref(), Some("app"));
         assert_eq!(container(format!("kubepods/pod{UID}/crio-{id}.scope")).as_deref(), Some("app"));
         assert_eq!(container(format!("kubepods/pod{UID}/x/{id}")), None);
-        assert_eq!(pods.describe("kubepods"), None);
+        // What a container makes below itself may have any name.
+        let path = [format!("kubepods/pod{UID}/{id}/").as_bytes(), b"\xff\n"].concat();
+        assert_eq!(pods.describe(Path::new(OsStr::from_bytes(&path))).unwrap().container.as_deref(), Some("app"));
+        assert_eq!(pods.describe("kubepods".as_ref()), None);
     }
 }

@@ -21,7 +21,7 @@
 
 use rustix::{
     io::Errno,
-    process::{Resource, Rlimit, setrlimit},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
     system::uname,
     thread::{
         CapabilitySets, capabilities, capability_is_in_bounding_set, remove_capability_from_bounding_set,
@@ -46,9 +46,16 @@ pub const FOREIGN_FILES: CapabilitySet = CapabilitySet::DAC_READ_SEARCH.union(Ca
 /// What it needs beside these to end connections in the network namespaces of others, by `setns(2)`.
 pub const TERMINATE: CapabilitySet = CapabilitySet::SYS_ADMIN;
 
-/// To be called before the first map is created. Before Linux 5.11, maps count as locked memory, and the limit of that is
+/// To be called before the first map is created. A policy of thousands of scopes takes thousands of descriptors while it is put
+/// in force, and service managers give 1,024 unless they are asked. Before Linux 5.11, maps count as locked memory, and the limit of that is
 /// smaller than any policy.
 pub fn prepare() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    {
+        tracing::debug!(%error, "the limit of descriptors stays as it is");
+    }
     let release = uname().release().to_string_lossy().into_owned();
     if kernel_version(&release).is_some_and(|version| version < (5, 11)) {
         let unlimited = Rlimit { current: None, maximum: None };

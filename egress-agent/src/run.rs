@@ -7,41 +7,46 @@ use std::{
     io::{self, IsTerminal},
     path::{Path, PathBuf},
     pin::pin,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use egress_common::Lifetime;
 use rustix::system::uname;
-use sd_notify::NotifyState;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::oneshot,
-    task::spawn_blocking,
-    time::{Instant, Interval, interval, interval_at, sleep_until},
+    task::{JoinHandle, spawn_blocking},
+    time::{Instant, Interval, interval, interval_at, sleep, sleep_until},
 };
 
 use crate::{
+    board::{self, Board, Changing},
     cgroup::{self, Cgroup, CgroupError, CgroupPaths},
     cli::{ClusterArgs, EXEC_PIN_DIRECTORY, LogLevel, Output, RunArgs},
     compile::{CompileError, Names, NodeAction, NodeDefault},
     control::{self, Asked, Control, Request},
-    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, NameSettings, pinned},
+    dataplane::{self, Applied, Dataplane, DataplaneError, KernelLog, NameSettings, others, pinned},
     enforcement::{Enforcement, LOOK_AFTER, Target},
     events::{Enricher, HostNames},
     exec,
     existing::{self, ExistingError},
     kubernetes::{self, Cluster, ClusterError, Rejection, Revisions},
-    pins::{PinDirectory, PinError},
+    memory,
+    notify::Notifier,
+    pins::{self, PinDirectory, PinError},
     pods::{PodNames, ROOTS},
     policy::load::{LoadError, LoadOptions},
     privileges::{self, CapabilitySet, FOREIGN_FILES},
-    report::{Reported, Reporter, Sink},
+    report::{Counts, Reported, Reporter, Sink},
     resolver::{self, Resolver, ResolverError},
     socket_matching,
-    source::{Policy, Source, SourceOptions},
-    status::{self, FromAgent, Wildcard},
+    source::{HOLD, LOOK, Policy, Source, SourceOptions},
+    status::{self, FromAgent, Pending, Wildcard},
+    stop,
+    text::{printable, printable_bytes},
     workload::names_root,
 };
 
@@ -157,19 +162,25 @@ const OBJECTS_DEBOUNCE: Duration = Duration::from_millis(50);
 const MOST_DEBOUNCE: Duration = Duration::from_millis(500);
 /// How soon a policy that could not be read is tried again without any change being noticed.
 const RETRY: Duration = Duration::from_secs(5);
+/// How long whoever waits for a reload waits for files that are being written: until they hold back nothing else.
+const RELOAD_HOLD: Duration = HOLD.saturating_add(Duration::from_secs(1));
 /// How long a reload waits for the addresses of new names; what comes later is put in force when it comes.
 const RELOAD_WAIT: Duration = Duration::from_secs(1);
 
-/// Runs until SIGTERM or SIGINT.
-pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), RunError> {
-    let mut source = Source::new(options(args))?;
+/// The exit status where an end that was asked for took too long, and the rules were to end with the agent.
+const NOT_DETACHED: u8 = 4;
+
+/// Runs until SIGTERM or SIGINT, which [`stop::expect`] must have been called for.
+pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8], mut notifier: Notifier) -> Result<(), RunError> {
+    memory::share_one_heap();
+    let mut source = Source::new(options(args));
     let mut possible = None;
     if args.cluster.kubernetes {
         dataplane::probe()?;
         let capabilities = *possible.insert(existing::possible());
-        source.cluster = Some(connect(args, !capabilities.is_empty()).await?);
+        source.cluster = Some(connect(args, !capabilities.is_empty(), &mut notifier).await?);
     }
-    let policy = source.read()?;
+    let policy = source.read_first().await?;
     dataplane::probe()?;
     let terminating = possible.map_or_else(|| existing::expect(&policy.set), Ok)?;
     let mount = cgroup::mount_point()?;
@@ -177,10 +188,10 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     if target.cgroup.is_root() {
         warn_of_exempt(&target, args, &policy)?;
     }
-    let pins = PinDirectory::claim(&args.pin_dir)?;
+    let claimed = PinDirectory::claim(&args.pin_dir)?;
     exec::sweep(Path::new(EXEC_PIN_DIRECTORY), &mount);
     let limit = args.memory_limit.saturating_mul(1_000_000);
-    let set = pins.begin()?;
+    let set = claimed.begin()?;
     let dataplane = Dataplane::prepare(object, kernel_log(log), args.packet_guard, name_settings(args), set, limit)?;
     for hook in dataplane.refused() {
         tracing::warn!(hook = hook.as_str(), "this kernel lacks what a program needs: see docs/kernels.md");
@@ -192,33 +203,55 @@ pub async fn run(args: &RunArgs, log: LogLevel, object: &[u8]) -> Result<(), Run
     let (mut enforcement, applied) = Enforcement::new(target, dataplane, selector)?;
     // Before there is something to undo, a signal simply ends the process.
     let mut signals = Signals::new()?;
+    stop::in_good_order(if args.detach_on_exit { NOT_DETACHED } else { 0 });
     enforcement.expect_matching()?;
     enforcement.attach()?;
     enforcement.dataplane.commit()?;
+    // While it may be asked whose they are.
+    let mut company = Company::default();
+    company.look(&enforcement, &mount, &args.pin_dir);
     // Before there is a second thread, which would keep its own.
     privileges::keep_only(privileges::RUNNING | files(args) | terminating);
     enforcement.terminate();
-    let backlog = retire(&pins, &mut enforcement.dataplane);
+    let backlog = retire(&claimed, &mut enforcement.dataplane);
     let pods = PodNames::default();
     pods.set(enforcement.pods().clone());
-    let enricher = Enricher::new(CgroupPaths::new(mount), enforcement.dataplane.rule_names(), hosts.clone());
+    let enricher = Enricher::new(CgroupPaths::new(mount.clone()), enforcement.dataplane.rule_names(), hosts.clone());
     let enricher = enricher.with_pods(pods.clone()).with_asked(enforcement.dataplane.asked_names()?);
     let reporter = start_reports(&mut enforcement.dataplane, enricher, args.output, backlog)?;
-    // Whoever waits for the start may ask at once.
-    let control = listen(args);
-    announce(&applied, &policy, &enforcement.cgroup.path);
-    let (last_error, is_being_written, started) = (None, false, SystemTime::now());
+    let reports = reporter.counts();
+    let (last_error, pending, started) = (None, None, SystemTime::now());
     let rules = applied.rules;
-    let state = State { source, enforcement, policy, hosts, pods, rules, last_error, is_being_written, started };
-    let enforcement = Box::pin(follow(state, resolver, control, &mut signals)).await?;
+    let place = Place { mount, pins: args.pin_dir.clone() };
+    let mut state = State {
+        source,
+        enforcement,
+        policy,
+        hosts,
+        pods,
+        reports,
+        rules,
+        last_error,
+        pending,
+        company,
+        place,
+        started,
+    };
+    state.pend(&Ok(()));
+    // Whoever waits for the start may ask at once.
+    let board = Arc::new(Board::new(state.tell(&resolver)));
+    let control = listen(args, &board);
+    announce(&applied, &state, &mut notifier);
+    let outlets = Outlets { notifier, board, watchdog: Watchdog::new() };
+    Box::pin(follow(state, resolver, control, outlets, &mut signals)).await?;
     if args.detach_on_exit {
         tracing::info!("asked to stop: detaching");
-        if let Some(enforcement) = enforcement {
-            pinned::detach(enforcement.dataplane.pins().path())?;
-            reporter.finish();
-            pinned::remove(enforcement.dataplane.pins().path())?;
-        }
-        pins.remove()?;
+        // Also where a change is still being made, on a thread that ends with this process.
+        claimed.sets()?.iter().try_for_each(|set| pinned::remove(set))?;
+        claimed.remove()?;
+        // Whatever takes too long now, the rules have ended.
+        stop::in_good_order(0);
+        reporter.finish();
     } else {
         reporter.finish();
         tracing::info!("asked to stop: the rules stay in force; `egress-agent detach` removes them");
@@ -239,7 +272,7 @@ fn filtered(args: &RunArgs, mount: &Path) -> Result<PathBuf, RunError> {
 const TELL: Duration = Duration::from_secs(10);
 
 /// Waits until everything there is in the cluster has been listed: before, what was in force stays.
-async fn connect(args: &RunArgs, may_terminate: bool) -> Result<Cluster, RunError> {
+async fn connect(args: &RunArgs, may_terminate: bool, notifier: &mut Notifier) -> Result<Cluster, RunError> {
     let mount = cgroup::mount_point()?;
     let top = Cgroup::open(&filtered(args, &mount)?, &mount)?;
     let ClusterArgs { node_name, root_namespace, service_entries_from, all_namespaces, exempt_namespaces, .. } =
@@ -251,7 +284,7 @@ async fn connect(args: &RunArgs, may_terminate: bool) -> Result<Cluster, RunErro
         entries_from: named(service_entries_from),
         all_namespaces: *all_namespaces,
         exempt: named(exempt_namespaces),
-        top: top.path.to_string_lossy().into_owned(),
+        top: top.path,
         may_terminate,
     })?;
     let mut tell = interval_at(Instant::now() + TELL, TELL);
@@ -262,7 +295,7 @@ async fn connect(args: &RunArgs, may_terminate: bool) -> Result<Cluster, RunErro
                 let missing = cluster.report().missing();
                 tracing::warn!(%missing, "waiting for the Kubernetes API; until then, what was in force stays");
                 // systemd waits longer, as long as this is said again in time.
-                notify(&[NotifyState::Status("waiting for the Kubernetes API"), NotifyState::ExtendTimeoutUsec(30_000_000)]);
+                notifier.extend("waiting for the Kubernetes API");
             }
         }
     }
@@ -386,23 +419,17 @@ fn start_reports(
 }
 
 /// Tells whoever waits: the log, and systemd.
-fn announce(applied: &Applied, policy: &Policy, cgroup: &Path) {
+fn announce(applied: &Applied, state: &State, notifier: &mut Notifier) {
     let Applied { generation, scopes, rules, prefixes, segments, .. } = *applied;
-    let (documents, cgroup) = (policy.documents, cgroup.display());
+    let (documents, cgroup) = (state.policy.documents, state.enforcement.cgroup.path.display());
     tracing::info!(generation, documents, rules, scopes, prefixes, segments, %cgroup, "policy applied");
-    notify(&[NotifyState::Ready, NotifyState::Status(&format!("generation {generation}"))]);
-}
-
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "cannot notify the service manager");
-    }
+    notifier.ready(&format!("generation {generation}"));
 }
 
 /// Without a control socket all is enforced the same; `status` reads the pins, and SIGHUP reloads.
-fn listen(args: &RunArgs) -> Option<Control> {
+fn listen(args: &RunArgs, board: &Arc<Board>) -> Option<Control> {
     let path = control::socket(&args.run_dir, &args.pin_dir);
-    let listening = Control::listen(path.clone());
+    let listening = Control::listen(path.clone(), Arc::clone(board));
     if let Err(error) = &listening {
         tracing::warn!(%error, path = %path.display(), "no control socket: `status` tells less, and `reload` does not reach");
     }
@@ -417,31 +444,192 @@ struct State {
     /// For those who tell of denials.
     hosts: HostNames,
     pods: PodNames,
+    reports: Counts,
     rules: usize,
     /// Why the policy that was read last is not in force.
     last_error: Option<String>,
-    /// A policy file was open for writing when it was to be read.
-    is_being_written: bool,
+    /// What of the policy on disk is not in force.
+    pending: Option<NotInForce>,
+    /// Who else judges.
+    company: Company,
+    place: Place,
     started: SystemTime,
 }
 
-/// Follows the files and the cgroups until a signal ends it. `None` if it ended while a policy was being put in force.
+/// Where cgroups and pins are.
+struct Place {
+    mount: PathBuf,
+    pins: PathBuf,
+}
+
+/// How often it is looked who else judges.
+const LOOK_FOR_OTHERS: Duration = Duration::from_secs(10);
+
+/// Other filters of ours on the same cgroups. The log is told when they come and go; `status` asks the kernel itself.
+#[derive(Default)]
+struct Company {
+    cgroups: Vec<String>,
+    looked: Option<Instant>,
+}
+
+impl Company {
+    fn look(&mut self, enforcement: &Enforcement, mount: &Path, pins: &Path) {
+        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK_FOR_OTHERS) {
+            return;
+        }
+        self.looked = Some(Instant::now());
+        let own = pins::programs(pins);
+        // Without pins it is not known which programs are our own.
+        if own.is_empty() {
+            return;
+        }
+        let others = match others::find(mount, &enforcement.cgroup.path, &own) {
+            Ok(others) => others,
+            Err(error) => return tracing::debug!(%error, "cannot tell who else judges"),
+        };
+        let cgroups: Vec<String> = others.iter().map(|other| other.cgroup.clone()).collect();
+        if cgroups != self.cgroups {
+            for other in &others {
+                tracing::warn!("{other}; `egress-agent status` tells more");
+            }
+            if others.is_empty() {
+                tracing::info!("no other filter judges the same cgroups any more");
+            }
+            self.cgroups = cgroups;
+        }
+    }
+}
+
+/// What of the policy on disk is not in force.
+struct NotInForce {
+    since: SystemTime,
+    noticed: Instant,
+    reason: String,
+    file: Option<PathBuf>,
+    /// A file that is being written: whoever waits for a reload is told a little later.
+    may_pass: bool,
+    /// The log has it.
+    is_told: bool,
+}
+
+impl NotInForce {
+    fn tell(&self) -> Pending {
+        let file = self.file.as_ref().map(printable_bytes);
+        Pending { since: status::time(self.since), reason: self.reason.clone(), file }
+    }
+
+    fn is_old(&self) -> bool {
+        self.noticed.elapsed() > board::PATIENCE
+    }
+}
+
+/// Clients that wait for a reload, with when they asked.
+#[derive(Default)]
+struct Waiting(Vec<(Instant, oneshot::Sender<String>)>);
+
+impl Waiting {
+    /// Answers those for whom it is settled: the files were read as they are, or are being written for too long.
+    fn answer(&mut self, state: &State) {
+        let may_pass = state.pending.as_ref().is_some_and(|pending| pending.may_pass);
+        for (asked, answer) in std::mem::take(&mut self.0) {
+            if may_pass && asked.elapsed() < RELOAD_HOLD {
+                self.0.push((asked, answer));
+            } else {
+                // Whoever asked may be gone.
+                let _ = answer.send(state.tell_reload());
+            }
+        }
+    }
+}
+
+/// Looks for changes that nobody tells of, on a thread: a file system may take its time.
+#[derive(Default)]
+struct Looking(Option<(Instant, JoinHandle<Option<PathBuf>>)>);
+
+impl Looking {
+    /// Begins, where that is due.
+    fn begin(&mut self, source: &Source, last: &mut Instant) {
+        if self.0.is_none() && last.elapsed() >= LOOK {
+            *last = Instant::now();
+            let looker = source.looker();
+            self.0 = Some((*last, spawn_blocking(move || looker.look())));
+        }
+    }
+
+    /// What is to be read, if something is.
+    async fn done(&mut self) -> Option<PathBuf> {
+        let Some((_, looking)) = &mut self.0 else { return std::future::pending().await };
+        // A look that panicked found nothing.
+        let found = looking.await.ok().flatten();
+        self.0 = None;
+        found
+    }
+
+    fn degraded(&self) -> Option<String> {
+        let (begun, _) = self.0.as_ref().filter(|(begun, _)| begun.elapsed() > board::PATIENCE)?;
+        let seconds = begun.elapsed().as_secs();
+        Some(format!("the file system of the policies has not answered for {seconds} s"))
+    }
+}
+
+/// Where the loop says how it is.
+struct Outlets {
+    notifier: Notifier,
+    board: Arc<Board>,
+    watchdog: Watchdog,
+}
+
+impl Outlets {
+    /// Says how everything is now.
+    fn post(&self, state: &State, resolver: &Resolver, looking: &Looking) {
+        let mut told = state.tell(resolver);
+        told.degraded.extend(self.notifier.degraded());
+        told.degraded.extend(looking.degraded());
+        self.board.post(told);
+    }
+
+    /// Puts in force what changed, and says so; and when it is to be tried again. `None` if the agent is asked to stop.
+    async fn change(
+        &mut self,
+        again: Again,
+        state: State,
+        resolver: &mut Resolver,
+        signals: &mut Signals,
+    ) -> Result<Option<(State, Option<Duration>)>, RunError> {
+        self.board.begin(if again == Again::Names { Changing::Names } else { Changing::Policies });
+        self.notifier.reloading();
+        let apply = Box::pin(apply_again(again, state, resolver));
+        let Some(applied) = undisturbed(apply, self, signals).await else { return Ok(None) };
+        let (mut state, result) = applied?;
+        let retry = state.conclude(again, &result, &mut self.notifier);
+        // Whoever reads of it in the log finds it in the status.
+        self.post(&state, resolver, &Looking::default());
+        self.board.end();
+        let Ok(applied) = result else { return Ok(Some((state, retry))) };
+        state.tell_applied(&applied);
+        let tidied = undisturbed(on_a_thread(state, State::tidy), self, signals).await;
+        Ok(tidied.transpose()?.map(|(state, ())| (state, retry)))
+    }
+}
+
+/// Follows the files and the cgroups until a signal ends it, also while a policy is being put in force.
 async fn follow(
     mut state: State,
     mut resolver: Resolver,
     mut control: Option<Control>,
+    mut outlets: Outlets,
     signals: &mut Signals,
-) -> Result<Option<Enforcement>, RunError> {
+) -> Result<(), RunError> {
     let (mut due, mut objects_due, mut took) = (None, None, Duration::ZERO);
-    let mut watchdog = Watchdog::new();
     let mut pulse = interval(LOOK_AFTER);
     let mut lost = 0;
-    let mut waiting: Vec<oneshot::Sender<String>> = Vec::new();
+    let mut waiting = Waiting::default();
+    let (mut looking, mut looked) = (Looking::default(), Instant::now());
     loop {
         let mut again = None;
         tokio::select! {
-            _ = signals.terminate.recv() => return Ok(Some(state.enforcement)),
-            _ = signals.interrupt.recv() => return Ok(Some(state.enforcement)),
+            _ = signals.terminate.recv() => return Ok(()),
+            _ = signals.interrupt.recv() => return Ok(()),
             _ = signals.hangup.recv() => again = Some(Again::Files),
             () = at(due) => again = Some(Again::Files),
             () = at(objects_due) => again = Some(Again::Objects),
@@ -454,11 +642,21 @@ async fn follow(
                 }
             }
             () = resolver.changed() => again = Some(Again::Names),
-            () = watchdog.tick() => {}
+            () = outlets.watchdog.tick() => outlets.notifier.alive(),
             _ = pulse.tick() => {
                 state.enforcement.look_after();
                 state.report_lost(&mut lost);
+                state.tell_pending();
+                state.company.look(&state.enforcement, &state.place.mount, &state.place.pins);
+                outlets.notifier.retry();
+                outlets.post(&state, &resolver, &looking);
+                waiting.answer(&state);
+                looking.begin(&state.source, &mut looked);
             }
+            found = looking.done() => if let Some(file) = found {
+                tracing::debug!(file = %printable_bytes(&file), "a change was found that nobody told of");
+                due = due.or(Some(Instant::now()));
+            },
             noticed = state.enforcement.changed() => {
                 let noticed = noticed.map_err(system("cannot watch cgroups"))?;
                 state.enforcement.follow(noticed);
@@ -469,28 +667,29 @@ async fn follow(
                 due = Some(due.map_or(soon, |due: Instant| due.min(soon)));
             }
             Asked { request, answer } = next(&mut control) => match request {
-                Request::Status => drop(answer.send(state.tell(&resolver))),
+                Request::Status => {
+                    outlets.post(&state, &resolver, &looking);
+                    // Whoever asked may have taken what was posted before.
+                    let _ = answer.send(String::new());
+                }
                 Request::Reload => {
-                    waiting.push(answer);
+                    waiting.0.push((Instant::now(), answer));
                     again = Some(Again::Files);
                 }
             },
         }
-        if let Some(again) = again {
-            let begun = Instant::now();
-            let apply = Box::pin(apply_again(again, state, &mut resolver));
-            let Some(applied) = undisturbed(apply, &mut watchdog, signals).await else { return Ok(None) };
-            let (returned, retry) = applied?;
-            state = returned;
-            due = retry.map_or(due.filter(|_| again != Again::Files), |delay| Some(Instant::now() + delay));
-            objects_due = objects_due.filter(|_| again == Again::Names);
-            took = begun.elapsed();
-            // A file that is being written is read when it is closed.
-            let settled = if state.is_being_written || again != Again::Files { 0 } else { waiting.len() };
-            for answer in waiting.drain(..settled) {
-                // Whoever asked may be gone.
-                let _ = answer.send(state.tell_reload());
-            }
+        let Some(again) = again else { continue };
+        let begun = Instant::now();
+        // What is found meanwhile is read, perhaps.
+        looking = Looking::default();
+        let change = Box::pin(outlets.change(again, state, &mut resolver, signals));
+        let Some((returned, retry)) = change.await? else { return Ok(()) };
+        state = returned;
+        due = retry.map_or(due.filter(|_| again != Again::Files), |delay| Some(Instant::now() + delay));
+        objects_due = objects_due.filter(|_| again == Again::Names);
+        took = begun.elapsed();
+        if again == Again::Files {
+            waiting.answer(&state);
         }
     }
 }
@@ -521,28 +720,36 @@ enum Again {
 }
 
 /// Works while the watchdog and the signals are answered. `None` if the agent is asked to stop.
-async fn undisturbed<T>(work: impl Future<Output = T>, watchdog: &mut Watchdog, signals: &mut Signals) -> Option<T> {
+async fn undisturbed<T>(work: impl Future<Output = T>, outlets: &mut Outlets, signals: &mut Signals) -> Option<T> {
     let mut work = pin!(work);
+    let mut pulse = interval(LOOK_AFTER);
+    let mut is_long = pin!(sleep(board::PATIENCE));
+    let mut is_told = false;
     loop {
         tokio::select! {
+            () = &mut is_long, if !is_told => {
+                is_told = true;
+                tracing::info!("a change takes its time: until it is made, the policy before is in force");
+            }
             _ = signals.terminate.recv() => return None,
             _ = signals.interrupt.recv() => return None,
-            () = watchdog.tick() => {}
+            () = outlets.watchdog.tick() => outlets.notifier.alive(),
+            _ = pulse.tick() => {
+                outlets.notifier.retry();
+                outlets.board.stamp();
+            }
             done = &mut work => return Some(done),
         }
     }
 }
 
 /// Looks again and puts in force what says something else; the work is done on threads of its own, since a large policy
-/// takes its time. An error leaves what was in force, and is tried again after the time that is returned.
+/// takes its time. An error leaves what was in force.
 async fn apply_again(
     again: Again,
     state: State,
     resolver: &mut Resolver,
-) -> Result<(State, Option<Duration>), RunError> {
-    if let Ok(now) = NotifyState::monotonic_usec_now() {
-        notify(&[NotifyState::Reloading, now]);
-    }
+) -> Result<(State, Result<Applied, RunError>), RunError> {
     let (state, policy) = match again {
         Again::Files => on_a_thread(state, |state| state.source.read()).await?,
         Again::Objects => on_a_thread(state, |state| Ok(state.source.merged())).await?,
@@ -569,8 +776,7 @@ async fn apply_again(
     if again == Again::Files && result.is_ok() {
         state.last_error = None;
     }
-    let retry = state.conclude(&result);
-    Ok((state, retry))
+    Ok((state, result))
 }
 
 /// Works on a thread where it may take its time.
@@ -586,24 +792,32 @@ async fn on_a_thread<T: Send + 'static>(
 }
 
 impl State {
-    fn put_in_force(&mut self, policy: Policy, names: Names) -> Result<(), RunError> {
+    fn put_in_force(&mut self, policy: Policy, names: Names) -> Result<Applied, RunError> {
         existing::expect(&policy.set)?;
         let hosts = names.clone();
         let applied = self.enforcement.adopt(self.source.selector(&policy, names))?;
         self.hosts.set(&hosts);
         self.pods.set(self.enforcement.pods().clone());
-        let Applied { generation, is_changed, scopes, rules, prefixes, segments } = applied;
         self.policy = policy;
-        self.rules = rules;
+        self.rules = applied.rules;
+        Ok(applied)
+    }
+
+    /// Tells the log what is in force.
+    fn tell_applied(&self, applied: &Applied) {
+        let Applied { generation, is_changed, scopes, rules, prefixes, segments } = *applied;
         if is_changed {
             let documents = self.policy.documents;
             tracing::info!(generation, documents, rules, scopes, prefixes, segments, "policy applied");
         } else {
             tracing::info!(generation, "policy unchanged");
         }
+    }
+
+    /// Ends connections that are refused from now on, and removes what the change left behind.
+    fn tidy(&mut self) {
         self.enforcement.terminate();
         self.enforcement.clean();
-        Ok(())
     }
 
     /// Pods came, went or were labelled anew, and the policies are the same.
@@ -614,11 +828,18 @@ impl State {
     }
 
     /// Tells how it went, and when it is to be tried again.
-    fn conclude(&mut self, result: &Result<(), RunError>) -> Option<Duration> {
-        self.is_being_written = matches!(result, Err(RunError::Load(LoadError::BeingWritten { .. })));
+    fn conclude(
+        &mut self,
+        again: Again,
+        result: &Result<Applied, RunError>,
+        notifier: &mut Notifier,
+    ) -> Option<Duration> {
+        if again == Again::Files || result.is_err() {
+            self.pend(result);
+        }
         let generation = self.enforcement.dataplane.meta().generation();
         let (status, retry) = match result {
-            Ok(()) => (format!("generation {generation}"), None),
+            Ok(_) => (format!("generation {generation}"), None),
             Err(RunError::Load(error @ LoadError::BeingWritten { .. })) => {
                 tracing::info!(generation, "{error}");
                 (format!("generation {generation}"), Some(RETRY))
@@ -631,26 +852,65 @@ impl State {
                 (status, Some(RETRY))
             }
         };
-        notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+        notifier.ready(&status);
         retry
     }
 
-    /// The answer to [`Request::Status`].
-    fn tell(&self, resolver: &Resolver) -> String {
+    /// Notes what of the policy on disk is not in force.
+    fn pend<T>(&mut self, result: &Result<T, RunError>) {
+        let unfinished = self.source.unfinished().first();
+        let (reason, file, may_pass) = match (result, unfinished) {
+            (Ok(_), None) => return self.pending = None,
+            (Ok(_), Some(file)) => (file.to_string(), Some(file.path.to_path_buf()), true),
+            (Err(RunError::Load(error @ LoadError::BeingWritten { path })), _) => {
+                (error.to_string(), Some(path.clone()), true)
+            }
+            (Err(error), _) => (chain(error), None, false),
+        };
+        let before = self.pending.take().map(|before| (before.since, before.noticed, before.is_told));
+        let (since, noticed, is_told) = before.unwrap_or_else(|| (SystemTime::now(), Instant::now(), false));
+        self.pending = Some(NotInForce { since, noticed, reason, file, may_pass, is_told });
+    }
+
+    /// Tells the log once of what is not in force for too long. Errors are told as they happen.
+    fn tell_pending(&mut self) {
+        if let Some(pending) = self.pending.as_mut().filter(|pending| pending.is_old() && !pending.is_told) {
+            pending.is_told = true;
+            if self.last_error.is_none() {
+                tracing::warn!("{}", board::not_in_force(&pending.tell()));
+            }
+        }
+    }
+
+    /// What is not as it should be.
+    fn degraded(&self) -> Vec<String> {
+        let pending = self.pending.as_ref().filter(|pending| pending.is_old() && self.last_error.is_none());
+        let mut degraded = self.enforcement.degraded();
+        degraded.extend(pending.map(|pending| board::not_in_force(&pending.tell())));
+        degraded.extend(self.reports.degraded().into_iter().chain(crate::log::degraded()));
+        degraded
+    }
+
+    /// What `status` is to tell.
+    fn tell(&self, resolver: &Resolver) -> FromAgent {
         let wildcards = self.policy.wildcards.iter().cloned().map(|(host, document)| Wildcard { host, document });
-        let told = FromAgent {
+        FromAgent {
             since: status::time(self.started),
             documents: self.policy.documents,
             rules: self.rules,
             last_error: self.last_error.clone(),
-            degraded: self.enforcement.degraded(),
+            degraded: self.degraded(),
             attached: self.enforcement.is_attached(),
             pinned: self.enforcement.is_pinned(),
             scopes: self.enforcement.scopes(),
+            changing_since: None,
+            silent: None,
+            pending: self.pending.as_ref().map(NotInForce::tell),
             names: status::Names { wildcards: wildcards.collect(), resolved: resolver.report(), learnt: None },
             kubernetes: self.source.cluster.as_ref().map(|cluster| self.tell_cluster(cluster)),
-        };
-        serde_json::to_string(&told).unwrap_or_default()
+            reports: self.reports.tell(),
+            log_lost: crate::log::lost(),
+        }
     }
 
     fn tell_cluster(&self, cluster: &Cluster) -> kubernetes::Report {
@@ -667,7 +927,8 @@ impl State {
     /// The answer to [`Request::Reload`].
     fn tell_reload(&self) -> String {
         let generation = self.enforcement.dataplane.meta().generation();
-        let told = Reloaded { generation, error: self.last_error.clone() };
+        let pending = self.pending.as_ref().map(NotInForce::tell);
+        let told = Reloaded { generation, error: self.last_error.clone(), pending };
         serde_json::to_string(&told).unwrap_or_default()
     }
 
@@ -678,7 +939,14 @@ impl State {
             Err(error) => return tracing::error!(error = %chain(&error), "cannot read the counters"),
         };
         if lost > *before {
-            tracing::warn!(lost = lost - *before, total = lost, "denials were not reported: the ring buffer was full");
+            let by_cgroup = self.enforcement.dataplane.lost_by_cgroup().unwrap_or_default();
+            let workloads = self.reports.losers(by_cgroup);
+            tracing::warn!(
+                lost = lost - *before,
+                total = lost,
+                %workloads,
+                "denials were not reported: the ring buffer was full"
+            );
             *before = lost;
         }
     }
@@ -692,11 +960,15 @@ pub struct Reloaded {
     /// Why it is not what was read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What of the policy on disk is not in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending: Option<Pending>,
 }
 
-/// An error with all its causes, in one line.
+/// An error with all its causes, in one line, whatever names of files are in it.
 pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    causes(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    let causes = causes(error).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    printable(&causes).into_owned()
 }
 
 /// An error and all its causes.
@@ -731,7 +1003,7 @@ impl Signals {
     }
 }
 
-/// Tells systemd that the agent is alive, twice as often as it asks (`sd_watchdog_enabled(3)`).
+/// When systemd is to be told that the agent is alive: twice as often as it asks (`sd_watchdog_enabled(3)`).
 struct Watchdog(Option<Interval>);
 
 impl Watchdog {
@@ -741,10 +1013,7 @@ impl Watchdog {
 
     async fn tick(&mut self) {
         match &mut self.0 {
-            Some(interval) => {
-                interval.tick().await;
-                notify(&[NotifyState::Watchdog]);
-            }
+            Some(interval) => drop(interval.tick().await),
             None => std::future::pending().await,
         }
     }

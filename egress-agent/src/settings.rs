@@ -28,6 +28,7 @@ use crate::{
         suggest::{choice, nearest},
         yaml::{Entry, Node, Problem, Scalar, ScalarKind, Span, Value, documents},
     },
+    text::printable_bytes,
 };
 
 /// The file that is read if it is there and no other is named.
@@ -71,7 +72,7 @@ pub struct Complaint {
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { file, at, setting, message, help } = self;
-        let file = printable(&file.to_string_lossy());
+        let file = printable_bytes(&**file);
         write!(f, "{file}:{}:{}: ", at.line, at.column)?;
         if !setting.is_empty() {
             write!(f, "{}: ", printable(setting))?;
@@ -361,7 +362,7 @@ fn refusal(flag: &str, arg: &Arg, owner: &Command, value: &OsStr) -> Option<(Str
         }
         ErrorKind::ValueValidation | ErrorKind::InvalidUtf8 | ErrorKind::WrongNumberOfValues => {
             let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-            Some((format!("{} is not a value of `{flag}`", quoted(&value)), printable(&cause)))
+            Some((format!("{} is not a value of `{flag}`", quoted(&value)), printable(&cause).into_owned()))
         }
         // The rest of the command line is what is missing here.
         _ => None,

@@ -6,7 +6,10 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
+
+use tokio::time::{sleep, timeout};
 
 use crate::{
     compile::{Context, Names, NodeDefault, PodContext, combine::dialled_names},
@@ -17,12 +20,13 @@ use crate::{
         ServiceEntry, User,
         code::Code,
         diagnostic::{Finding, Severity},
-        load::{LoadError, LoadOptions, Loaded, load, watched},
+        load::{Before, Fingerprint, LoadError, LoadOptions, Loaded, Unfinished, is_unfinished, load_after, watched},
         yaml::Span,
     },
     resolv,
     run::{RunError, system},
     scopes::{Selector, UnknownWorkloads},
+    text::printable_bytes,
     users::{PASSWD, Users},
     watch::Watch,
     workload::{UserIdentity, selected_users},
@@ -54,6 +58,14 @@ pub(crate) struct Source {
     pub(crate) cluster: Option<Cluster>,
     /// What the files said when they could be read last.
     files: Files,
+    /// What was on disk when they were read last.
+    seen: Arc<Fingerprint>,
+    /// Files that were being written then.
+    unfinished: Vec<Unfinished>,
+    /// Those that were told of.
+    unfinished_told: BTreeSet<Unfinished>,
+    /// Since when new files that are being written hold back what the others say.
+    held: Option<Instant>,
     /// What was warned of already.
     told: BTreeSet<(String, String)>,
 }
@@ -63,6 +75,8 @@ pub(crate) struct Source {
 struct Files {
     set: Arc<PolicySet>,
     documents: usize,
+    /// How many documents each file has.
+    known: Arc<BTreeMap<Arc<Path>, usize>>,
     system_resolvers: Vec<IpAddr>,
 }
 
@@ -85,16 +99,43 @@ pub(crate) struct Policy {
 }
 
 impl Source {
-    /// Nothing is read yet. Must be called in a tokio runtime.
-    pub(crate) fn new(options: SourceOptions) -> Result<Self, RunError> {
-        let watch = Watch::new().map_err(system("cannot watch policy files"))?;
-        Ok(Self { options, watch, cluster: None, files: Files::default(), told: BTreeSet::new() })
+    /// Nothing is read yet.
+    pub(crate) fn new(options: SourceOptions) -> Self {
+        let (watch, files, seen, told) = (Watch::default(), Files::default(), Arc::default(), BTreeSet::new());
+        let (unfinished, unfinished_told) = (Vec::new(), BTreeSet::new());
+        Self { options, watch, cluster: None, files, seen, unfinished, unfinished_told, held: None, told }
     }
 
     /// Reads the files, and tells of every finding. What the Kubernetes API says is as it was told last.
     pub(crate) fn read(&mut self) -> Result<Policy, RunError> {
         let loaded = if self.options.paths.is_empty() { Loaded::default() } else { self.load()? };
         self.accept(loaded)
+    }
+
+    /// The same at a start, which waits for files that are being written: not longer than they hold back a change.
+    pub(crate) async fn read_first(&mut self) -> Result<Policy, RunError> {
+        loop {
+            match self.read() {
+                Err(RunError::Load(error @ LoadError::BeingWritten { .. })) => {
+                    tracing::info!("{error}");
+                    sleep(GATHER).await;
+                    // Either way it is looked at again.
+                    let _ = timeout(LOOK, self.watch.changed()).await;
+                }
+                read => return read,
+            }
+        }
+    }
+
+    /// Files that are being written, and so are not in force as they are.
+    pub(crate) fn unfinished(&self) -> &[Unfinished] {
+        &self.unfinished
+    }
+
+    /// Whoever is to look whether there is something to be read.
+    pub(crate) fn looker(&self) -> Looker {
+        let (paths, beside) = (self.options.paths.clone(), beside());
+        Looker { paths, beside, seen: Arc::clone(&self.seen), unfinished: self.unfinished.clone() }
     }
 
     /// Takes documents if they are valid, and tells of every finding.
@@ -110,13 +151,14 @@ impl Source {
         }
         let resolv_conf = Path::new(resolv::RESOLV_CONF);
         let system_resolvers = resolv::resolvers(resolv_conf).map_err(system("cannot read /etc/resolv.conf"))?;
-        self.files = Files { documents: loaded.documents, set: Arc::new(loaded.policies), system_resolvers };
+        let (set, known) = (Arc::new(loaded.policies), Arc::new(loaded.known));
+        self.files = Files { documents: loaded.documents, set, known, system_resolvers };
         Ok(self.merged())
     }
 
     /// What the files said when they were read last, and what the Kubernetes API says now.
     pub(crate) fn merged(&mut self) -> Policy {
-        let Files { set, documents, system_resolvers } = self.files.clone();
+        let Files { set, documents, system_resolvers, .. } = self.files.clone();
         let snapshot = self.cluster.as_ref().map(Cluster::snapshot);
         let (set, hidden) = match &snapshot {
             Some(snapshot) => {
@@ -169,23 +211,90 @@ impl Source {
     /// What is read is watched first, so that no change is missed. A directory that appeared meanwhile was read, perhaps,
     /// and not watched: then all is read again.
     fn load(&mut self) -> Result<Loaded, LoadError> {
-        let beside = [resolv::RESOLV_CONF, PASSWD].map(PathBuf::from);
-        let paths: Vec<PathBuf> = self.options.paths.iter().cloned().chain(beside).collect();
+        let paths: Vec<PathBuf> = self.options.paths.iter().cloned().chain(beside()).collect();
+        let mut rounds = 0;
         loop {
+            rounds += 1;
             let seen = watched(&paths);
-            if let Err(error) = self.watch.set(seen.clone()) {
-                tracing::error!(%error, "cannot watch policy files; see fs.inotify.max_user_watches. Changes need SIGHUP");
+            if self.options.load.follow
+                && let Err(error) = self.watch.set(seen.clone())
+            {
+                tracing::error!(%error, "cannot watch policy files: changes are noticed within seconds, not at once");
             }
-            let loaded = load(&self.options.paths, &self.options.load);
-            if watched(&paths) == seen {
+            self.seen = Arc::new(Fingerprint::new(&self.options.paths, &beside()));
+            let loaded = self.load_once();
+            // Directories that keep coming are looked for later.
+            if watched(&paths) == seen || rounds == MAX_ROUNDS {
                 return loaded;
             }
         }
     }
+
+    fn load_once(&mut self) -> Result<Loaded, LoadError> {
+        let leaves_out = self.held.is_some_and(|held| held.elapsed() >= HOLD);
+        let before = Before { policies: &self.files.set, known: &self.files.known, leaves_out };
+        let loaded = load_after(&self.options.paths, &self.options.load, before);
+        let unfinished = match &loaded {
+            Ok(loaded) => loaded.unfinished.clone(),
+            Err(LoadError::BeingWritten { path }) => {
+                vec![Unfinished { path: Arc::from(path.as_path()), is_kept: false }]
+            }
+            Err(_) => Vec::new(),
+        };
+        let is_new = |file: &&Unfinished| loaded.is_ok() && !self.unfinished_told.contains(*file);
+        for file in unfinished.iter().filter(is_new) {
+            if file.is_kept {
+                tracing::info!("{file}");
+            } else {
+                tracing::warn!("{file}");
+            }
+        }
+        self.held = unfinished.iter().any(|file| !file.is_kept).then(|| self.held.unwrap_or_else(Instant::now));
+        self.unfinished_told = if loaded.is_ok() { unfinished.iter().cloned().collect() } else { BTreeSet::new() };
+        self.unfinished = unfinished;
+        loaded
+    }
+}
+
+/// For how long a new file that is being written holds back what the others say.
+pub(crate) const HOLD: Duration = Duration::from_secs(5);
+/// How often it is looked whether there is something to be read that nobody told of.
+pub(crate) const LOOK: Duration = Duration::from_secs(2);
+/// How long changes are gathered at a start.
+const GATHER: Duration = Duration::from_millis(100);
+/// How often everything is read again at once because directories came meanwhile.
+const MAX_ROUNDS: usize = 4;
+
+/// Files that policies depend on.
+fn beside() -> Vec<PathBuf> {
+    [resolv::RESOLV_CONF, PASSWD].map(PathBuf::from).into()
+}
+
+/// Looks whether there is something to be read: also what `inotify` does not tell, such as a file system that is mounted over
+/// a directory, or files of a network.
+pub(crate) struct Looker {
+    paths: Vec<PathBuf>,
+    beside: Vec<PathBuf>,
+    seen: Arc<Fingerprint>,
+    unfinished: Vec<Unfinished>,
+}
+
+impl Looker {
+    /// What is to be read, if something is. May take as long as the file system likes.
+    pub(crate) fn look(&self) -> Option<PathBuf> {
+        if self.paths.is_empty() {
+            return None;
+        }
+        let finished = self.unfinished.iter().find(|file| !is_unfinished(&file.path));
+        finished
+            .map(|file| file.path.to_path_buf())
+            .or_else(|| Fingerprint::new(&self.paths, &self.beside).difference(&self.seen, &self.unfinished))
+    }
 }
 
 fn report(finding: &Finding) {
-    let (code, file, line, column) = (finding.code.as_str(), finding.file.display(), finding.line, finding.column);
+    let (code, file, line, column) =
+        (finding.code.as_str(), printable_bytes(&*finding.file), finding.line, finding.column);
     let (path, help) = (&finding.path, finding.help.as_deref().unwrap_or_default());
     match finding.severity {
         Severity::Error => tracing::error!(%code, %file, line, column, %path, help, "{}", finding.message),

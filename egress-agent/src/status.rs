@@ -1,9 +1,10 @@
 //! What is in force: read from the pins, and completed by the agent where one runs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -15,12 +16,15 @@ use crate::{
     control::{self, Request},
     dataplane::{
         WHERE_IT_MATTERS,
+        others::{self, Other},
         pinned::{self, MapUse},
     },
     kubernetes,
     pins::{self, PinError},
+    report::{Loss, Reports, Stage, sort},
     resolver::NameReport,
     run::chain,
+    text::{self, printable, printable_bytes},
 };
 
 /// What a probe asks for. Neither is mended by waiting for what only an author of policies can mend.
@@ -44,20 +48,29 @@ pub struct Status {
     pub agent: Agent,
     /// Where programs are attached.
     pub attached: Vec<Attached>,
+    /// Other filters of ours that judge the same cgroups, too.
+    pub others: Vec<Other>,
     /// What is in force.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<Policy>,
     /// Distinct sets of policies; known by the agent alone.
-    pub scopes: Vec<Scope>,
+    pub scopes: Arc<[Scope]>,
     /// What the maps take.
     pub maps: Vec<MapUse>,
     /// What was answered since the programs were loaded.
     pub counters: Counters,
+    /// What became of the reports; of what happened after the ring buffer, the agent alone knows.
+    pub reports: Reports,
+    /// Lines of the agent's log that nobody read.
+    pub log_lost: u64,
     /// Names of the policies; known by the agent alone.
     pub names: Names,
     /// The Kubernetes API, where it is a source; known by the agent alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kubernetes: Option<kubernetes::Report>,
+    /// The agent answers, and follows nothing.
+    #[serde(skip)]
+    is_stuck: bool,
 }
 
 /// The agent.
@@ -104,6 +117,24 @@ pub struct Policy {
     pub rules: Option<usize>,
     /// Why the policy that was read last is not in force.
     pub last_error: Option<String>,
+    /// Since when a change is being put in force, if one is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub changing_since: Option<String>,
+    /// What of the policy on disk is not in force; known by the agent alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pending: Option<Pending>,
+}
+
+/// What of the policy on disk is not in force.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pending {
+    /// Since when.
+    pub since: String,
+    /// Why.
+    pub reason: String,
+    /// The file, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
 }
 
 /// One distinct set of policies.
@@ -132,7 +163,7 @@ pub struct Counters {
     pub deny: u64,
     /// Let through, and an Audit policy would have refused them.
     pub would_deny: u64,
-    /// Reports that found no room.
+    /// Reports that were lost, wherever: see [`Reports::lost`].
     pub events_lost: u64,
 }
 
@@ -198,12 +229,27 @@ pub struct FromAgent {
     /// Whether what is in force outlives the agent.
     pub pinned: bool,
     /// Distinct sets of policies.
-    pub scopes: Vec<Scope>,
+    pub scopes: Arc<[Scope]>,
     /// Names of the policies.
     pub names: Names,
     /// The Kubernetes API, where it is a source.
     #[serde(default)]
     pub kubernetes: Option<kubernetes::Report>,
+    /// What became of the reports that it read.
+    #[serde(default)]
+    pub reports: Reports,
+    /// Lines of its log that nobody read.
+    #[serde(default)]
+    pub log_lost: u64,
+    /// Since when a change is being put in force, if one is.
+    #[serde(default)]
+    pub changing_since: Option<String>,
+    /// For how many seconds it has followed nothing, if that is too long.
+    #[serde(default)]
+    pub silent: Option<u64>,
+    /// What of the policy on disk is not in force.
+    #[serde(default)]
+    pub pending: Option<Pending>,
 }
 
 impl Status {
@@ -220,6 +266,8 @@ impl Status {
         } else if status.enforcing {
             status.degraded.push("no agent runs: the rules stay as they are, and nothing is reported".to_owned());
         }
+        status.others = others(pin_directory);
+        status.degraded.extend(status.others.iter().map(ToString::to_string));
         if sets.len() > 1 {
             status
                 .degraded
@@ -234,12 +282,16 @@ impl Status {
             degraded: Vec::new(),
             agent: Agent { running, abi: ABI_VERSION, ..Agent::default() },
             attached: Vec::new(),
+            others: Vec::new(),
             policy: None,
-            scopes: Vec::new(),
+            scopes: Arc::default(),
             maps: Vec::new(),
             counters: Counters::default(),
+            reports: Reports::default(),
+            log_lost: 0,
             names: Names::default(),
             kubernetes: None,
+            is_stuck: false,
         };
         let Some(set) = set else { return status };
         status.read_attached(set);
@@ -251,7 +303,7 @@ impl Status {
 
     fn read_attached(&mut self, set: &Path) {
         let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
-        let mut path_of = |id| paths.as_mut().map(|paths| paths.path(id, None).map(|path| path.display().to_string()));
+        let mut path_of = |id| paths.as_mut().map(|paths| paths.path(id).map(printable_bytes));
         // A cgroup that was removed keeps its programs until the last socket made in it is closed.
         let attached: Vec<(Hook, String)> = pinned::attached(set)
             .into_iter()
@@ -293,6 +345,8 @@ impl Status {
             documents: None,
             rules: None,
             last_error: None,
+            changing_since: None,
+            pending: None,
         });
         self.maps = pinned::map_uses(set)?;
         let mut answers = BTreeMap::new();
@@ -303,8 +357,19 @@ impl Status {
             }
         }
         let mut paths = cgroup::mount_point().ok().map(CgroupPaths::new);
-        let mut path =
-            |id| paths.as_mut().and_then(|paths| paths.path(id, None)).map(|path| path.display().to_string());
+        let mut path = |id| paths.as_mut().and_then(|paths| paths.path(id)).map(printable_bytes);
+        let mut unknown = self.counters.events_lost;
+        for (id, count) in pinned::lost_by_cgroup(set)? {
+            unknown = unknown.saturating_sub(count);
+            self.reports.lost.push(Loss {
+                cgroup: path(id).or_else(|| Some(id.to_string())),
+                stage: Stage::Ring,
+                count,
+            });
+        }
+        if unknown > 0 {
+            self.reports.lost.push(Loss { cgroup: None, stage: Stage::Ring, count: unknown });
+        }
         let workloads = pinned::learners(set)?.into_iter();
         let workloads = workloads.map(|(id, addresses)| {
             let cgroup = if id == SHARED { "shared".to_owned() } else { path(id).unwrap_or(id.to_string()) };
@@ -320,14 +385,22 @@ impl Status {
             Ok(from_agent) => from_agent,
             Err(error) => return self.degraded.push(format!("the agent does not answer: {error}")),
         };
-        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names, kubernetes } =
+        self.log_lost = from_agent.log_lost;
+        self.add_reports(from_agent.reports);
+        let FromAgent { since, documents, rules, last_error, degraded, attached, pinned, scopes, names, .. } =
             from_agent;
+        let FromAgent { kubernetes, changing_since, silent, pending, .. } = from_agent;
+        self.is_stuck = silent.is_some();
+        self.degraded.extend(
+            silent.map(|seconds| format!("the agent has followed nothing for {seconds} s: it hangs, or is busy")),
+        );
         self.degraded.extend(degraded);
         self.degraded.extend(kubernetes.iter().flat_map(kubernetes::Report::degraded));
         self.agent.since = Some(since);
         if let Some(policy) = &mut self.policy {
             (policy.documents, policy.rules) = (Some(documents), Some(rules));
             policy.last_error.clone_from(&last_error);
+            (policy.changing_since, policy.pending) = (changing_since, pending);
         }
         self.degraded.extend(last_error.map(|error| format!("the last good policy stays in force: {error}")));
         if !attached {
@@ -344,10 +417,19 @@ impl Status {
         (self.scopes, self.names, self.kubernetes) = (scopes, Names { learnt, ..names }, kubernetes);
     }
 
+    /// What the agent knows beside what the kernel counted.
+    fn add_reports(&mut self, told: Reports) {
+        self.counters.events_lost += told.lost.iter().map(|loss| loss.count).sum::<u64>();
+        let Reports { written, inherited, mut lost, error } = told;
+        lost.append(&mut self.reports.lost);
+        sort(&mut lost);
+        self.reports = Reports { written, inherited, lost, error };
+    }
+
     /// Whether the agent is as a probe asks.
     pub const fn is(&self, probe: Probe) -> bool {
         // Only the agent itself tells since when it runs.
-        let is_live = self.agent.since.is_some();
+        let is_live = self.agent.since.is_some() && !self.is_stuck;
         is_live && (self.enforcing || matches!(probe, Probe::Live))
     }
 
@@ -359,6 +441,23 @@ impl Status {
             (false, _) => 3,
         }
     }
+}
+
+/// Other filters of ours that judge what the sets of a pin directory judge. What cannot be asked is not known: none.
+pub fn others(pin_directory: &Path) -> Vec<Other> {
+    let Ok(mount) = cgroup::mount_point() else { return Vec::new() };
+    let (own, mut paths) = (pins::programs(pin_directory), CgroupPaths::new(mount.clone()));
+    let sets = pins::sets(pin_directory).unwrap_or_default();
+    let attached = sets.iter().flat_map(|set| pinned::attached(set)).filter(|(hook, _)| *hook == Hook::Connect4);
+    let cgroups: BTreeSet<u64> = attached.map(|(_, id)| id).collect();
+    let paths = cgroups.into_iter().filter_map(|id| paths.path(id).map(Path::to_owned));
+    let mut found: Vec<Other> = Vec::new();
+    for other in paths.flat_map(|path| others::find(&mount, &path, &own).unwrap_or_default()) {
+        if !found.contains(&other) {
+            found.push(other);
+        }
+    }
+    found
 }
 
 /// RFC 3339, in UTC.
@@ -384,7 +483,7 @@ impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "enforcing: {}", if self.enforcing { "yes" } else { "no" })?;
         for reason in &self.degraded {
-            writeln!(f, "degraded:  {reason}")?;
+            writeln!(f, "degraded:  {}", printable(reason))?;
         }
         let agent = &self.agent;
         let version = agent.version.as_deref().unwrap_or("?");
@@ -403,8 +502,14 @@ impl fmt::Display for Status {
                 write!(f, ", {documents} documents, {rules} rules")?;
             }
             writeln!(f, "\n           hash {}", policy.hash)?;
+            if let Some(since) = &policy.changing_since {
+                writeln!(f, "           a change is being put in force since {since}")?;
+            }
+            if let Some(Pending { since, reason, .. }) = &policy.pending {
+                writeln!(f, "           on disk is another since {since}: {reason}")?;
+            }
         }
-        for scope in &self.scopes {
+        for scope in self.scopes.iter() {
             let policies =
                 if scope.policies.is_empty() { "node default".to_owned() } else { scope.policies.join(", ") };
             writeln!(
@@ -425,6 +530,13 @@ impl fmt::Display for Status {
             f,
             "answers:   {allow} allowed, {deny} denied, {would_deny} would be denied; {events_lost} reports lost"
         )?;
+        for Loss { cgroup, stage, count } in &self.reports.lost {
+            let cgroup = cgroup.as_deref().map_or("other cgroups".into(), text::value);
+            writeln!(f, "           {count} reports lost of {cgroup} ({})", stage.as_str())?;
+        }
+        if self.log_lost > 0 {
+            writeln!(f, "log:       {} lines lost", self.log_lost)?;
+        }
         if let Some(kubernetes::Report { server, node, pods, resources, .. }) = &self.kubernetes {
             writeln!(f, "cluster:   {server}, node {node}, {pods} pods")?;
             for resource in resources {

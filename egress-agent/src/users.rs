@@ -14,15 +14,16 @@ pub struct Users(Vec<(String, u32)>);
 impl Users {
     /// The users a file lists; none if it cannot be read.
     pub fn read(path: &Path) -> Self {
-        fs::read_to_string(path).map(|text| Self::parse(&text)).unwrap_or_default()
+        fs::read(path).map(|text| Self::parse(&text)).unwrap_or_default()
     }
 
-    fn parse(text: &str) -> Self {
-        let user = |line: &str| {
-            let mut fields = line.split(':');
-            Some((fields.next()?.to_owned(), fields.nth(1)?.parse().ok()?))
+    /// A line that is not text names nobody whom a policy can name, and hides nobody else.
+    fn parse(text: &[u8]) -> Self {
+        let user = |line: &[u8]| {
+            let mut fields = line.split(|&byte| byte == b':').map(std::str::from_utf8);
+            Some((fields.next()?.ok()?.to_owned(), fields.nth(1)?.ok()?.parse().ok()?))
         };
-        Self(text.lines().filter_map(user).collect())
+        Self(text.split(|&byte| byte == b'\n').filter_map(user).collect())
     }
 
     /// A user by name or number, with the other where it is known.
@@ -45,7 +46,9 @@ mod tests {
 
     #[test]
     fn a_user_is_known_by_name_and_by_number() {
-        let users = Users::parse("root:x:0:0:root:/root:/bin/sh\nbroken\nwww-data:x:33:33::/var/www:/sbin/nologin\n");
+        let users = Users::parse(
+            b"root:x:0:0:root:/root:/bin/sh\nbroken\n\xff:x:7:7::/:/\nwww-data:x:33:33:\xff:/var/www:/sbin/nologin\n",
+        );
         let www = UserIdentity { uid: Some(33), name: Some("www-data".to_owned()) };
         assert_eq!(users.identity("www-data"), www);
         assert_eq!(users.identity("33"), www);

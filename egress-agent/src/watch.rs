@@ -13,14 +13,18 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::MetadataExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use rustix::{
+    event::{EventfdFlags, eventfd},
     fs::inotify::{self, CreateFlags, Event, ReadFlags, Reader, WatchFlags},
     io::Errno,
 };
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::io::{
+    Interest,
+    unix::{AsyncFd, AsyncFdReadyGuard},
+};
 
 use crate::policy::load::Watched;
 
@@ -35,9 +39,9 @@ const CHANGES: WatchFlags = WatchFlags::CLOSE_WRITE
     .union(WatchFlags::ATTRIB);
 
 /// Watches directories.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Watch {
-    inotify: AsyncFd<OwnedFd>,
+    inotify: Inotify,
     places: Places,
 }
 
@@ -49,18 +53,13 @@ struct Places {
 }
 
 impl Watch {
-    /// Watches nothing yet. Must be called in a tokio runtime.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { inotify: inotify()?, places: Places::default() })
-    }
-
-    /// Watches these places from now on. A directory that is not there is left out; its parent tells when it comes.
+    /// Watches these places from now on. Must be called in a tokio runtime. A directory that is not there is left out; its parent tells when it comes.
     pub fn set(&mut self, watched: Watched) -> io::Result<()> {
         for directory in watched.directories() {
-            match inotify::add_watch(&self.inotify, directory, CHANGES | WatchFlags::ONLYDIR) {
+            match self.inotify.watch(directory, CHANGES | WatchFlags::ONLYDIR) {
                 Ok(watch) => drop(self.places.directories.insert(watch, directory.to_owned())),
-                Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => {}
-                Err(errno) => return Err(errno.into()),
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(error),
             }
         }
         self.places.watched = watched;
@@ -80,11 +79,53 @@ impl Watch {
     }
 }
 
-/// A new queue of events. Must be called in a tokio runtime.
-pub(crate) fn inotify() -> io::Result<AsyncFd<OwnedFd>> {
-    let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+/// Whether there is no directory that could be watched.
+fn is_absent(error: &io::Error) -> bool {
+    use io::ErrorKind::{NotADirectory, NotFound, PermissionDenied};
+    matches!(error.kind(), NotFound | NotADirectory | PermissionDenied)
+}
+
+/// A queue of events, made with the first watch: a user may have few of them (`fs.inotify.max_user_instances`).
+#[derive(Debug, Default)]
+pub(crate) struct Inotify(Option<AsyncFd<OwnedFd>>);
+
+impl Inotify {
+    /// Watches a directory; the error names the limit that is reached. Must be called in a tokio runtime.
+    pub(crate) fn watch(&mut self, directory: &Path, changes: WatchFlags) -> io::Result<i32> {
+        let queue = match &mut self.0 {
+            Some(queue) => queue,
+            none => none.insert(queue()?),
+        };
+        inotify::add_watch(queue, directory, changes).map_err(limited)
+    }
+
+    /// Waits for events; for ever, where nothing is watched.
+    pub(crate) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+        match &self.0 {
+            Some(queue) => queue.readable().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+fn queue() -> io::Result<AsyncFd<OwnedFd>> {
+    let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map_err(limited)?;
     // SAFETY: the registered value owns its descriptor, which is closed only when that value is dropped.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+}
+
+/// An error that names what is to be raised. Of descriptors and of queues the kernel says the same.
+fn limited(errno: Errno) -> io::Error {
+    match errno {
+        Errno::NOSPC => io::Error::other("no inotify watch is left: raise fs.inotify.max_user_watches"),
+        Errno::MFILE if eventfd(0, EventfdFlags::CLOEXEC).is_ok() => {
+            io::Error::other("no inotify instance is left: raise fs.inotify.max_user_instances")
+        }
+        Errno::MFILE => {
+            io::Error::other("no descriptor is left: raise the limit of open files (LimitNOFILE=, ulimit -n)")
+        }
+        errno => errno.into(),
+    }
 }
 
 /// Reads all there is. Whether anything in it is a change.

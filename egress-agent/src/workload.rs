@@ -1,6 +1,11 @@
 //! A workload as policies see it, and which policies select it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     cgroup,
@@ -12,9 +17,9 @@ use crate::{
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Workload {
     /// Path below the cgroup2 mount, without a leading slash; empty is the root cgroup.
-    pub cgroup: Option<String>,
+    pub cgroup: Option<PathBuf>,
     /// The systemd unit it belongs to.
-    pub unit: Option<String>,
+    pub unit: Option<OsString>,
     /// The pod it belongs to.
     pub pod: Option<Pod>,
     /// The user it runs as.
@@ -53,6 +58,14 @@ pub struct ScopeKey {
     default: Option<NodeAction>,
 }
 
+impl Workload {
+    /// A cgroup as policies see it. The root is described by its empty path.
+    pub fn of_cgroup(path: &Path) -> Self {
+        let unit = cgroup::unit(path).map(ToOwned::to_owned);
+        Self { cgroup: Some(path.to_owned()), unit, ..Self::default() }
+    }
+}
+
 impl ScopeKey {
     /// The key of a workload.
     pub fn new(policies: &PolicySet, workload: &Workload) -> Self {
@@ -84,56 +97,59 @@ pub fn selects_any(selectors: &[Selector], workload: &Workload) -> bool {
 fn matches(selector: &Selector, workload: &Workload) -> bool {
     match selector {
         Selector::Cgroup(pattern) => workload.cgroup.as_deref().is_some_and(|path| cgroup_matches(pattern, path)),
-        Selector::Unit(pattern) => {
-            let slices = workload.cgroup.as_deref().into_iter().flat_map(slices);
-            workload.unit.as_deref().into_iter().chain(slices).any(|unit| glob(pattern, unit))
-        }
+        Selector::Unit(pattern) => units(workload).any(|unit| glob(pattern, unit)),
         Selector::Pod(selector) => workload.pod.as_ref().is_some_and(|pod| pod_matches(selector, pod)),
         Selector::User(user) => workload.user.as_ref().is_some_and(|identity| user_matches(user, identity)),
     }
 }
 
-/// The slices that a cgroup is in: a slice holds only slices and other units, so they come first in its path.
-fn slices(path: &str) -> impl Iterator<Item = &str> {
-    path.trim_matches('/').split('/').take_while(|name| is_slice(name))
+/// The unit of a workload and the slices that it is in.
+pub(crate) fn units(workload: &Workload) -> impl Iterator<Item = &[u8]> {
+    let unit = workload.unit.as_deref().map(OsStrExt::as_bytes);
+    unit.into_iter().chain(workload.cgroup.as_deref().into_iter().flat_map(slices))
 }
 
-fn is_slice(name: &str) -> bool {
-    name.strip_suffix(".slice").is_some()
+/// The slices that a cgroup is in: a slice holds only slices and other units, so they come first in its path.
+fn slices(path: &Path) -> impl Iterator<Item = &[u8]> {
+    names(path).take_while(|name| is_slice(name))
+}
+
+pub(crate) fn is_slice(name: &[u8]) -> bool {
+    name.ends_with(b".slice")
+}
+
+/// The names that a path is made of, as the kernel has them: any bytes.
+pub(crate) fn names(path: &Path) -> impl Iterator<Item = &[u8]> {
+    path.as_os_str().as_bytes().split(|&byte| byte == b'/').filter(|name| !name.is_empty())
 }
 
 /// Whether some cgroup below `path` is selected by a policy that does not select `path` itself.
-pub fn selects_only_below(policy: &EgressPolicy, path: &str) -> bool {
+pub fn selects_only_below(policy: &EgressPolicy, path: &Path) -> bool {
     let Some(selectors) = &policy.workloads else { return false };
     policy.reach != Reach::Namespace && select_only_below(selectors, path)
 }
 
 /// Whether these select cgroups below a path, and not that itself.
-pub fn select_only_below(selectors: &[Selector], path: &str) -> bool {
-    let workload = Workload {
-        cgroup: Some(path.to_owned()),
-        unit: cgroup::unit(path.as_ref()).map(str::to_owned),
-        ..Workload::default()
-    };
+pub fn select_only_below(selectors: &[Selector], path: &Path) -> bool {
+    let workload = Workload::of_cgroup(path);
     // The root cgroup is nobody's parent in this: its pattern selects it alone.
-    let is_selected =
-        !path.trim_matches('/').is_empty() && selectors.iter().any(|selector| matches(selector, &workload));
+    let is_selected = names(path).next().is_some() && selectors.iter().any(|selector| matches(selector, &workload));
     !is_selected && selectors.iter().any(|selector| reaches_below(selector, path))
 }
 
-fn reaches_below(selector: &Selector, path: &str) -> bool {
+fn reaches_below(selector: &Selector, path: &Path) -> bool {
     match selector {
         Selector::Cgroup(pattern) => cgroup_may_match_below(pattern, path),
         // Units lie in slices alone.
-        Selector::Unit(_) => path.trim_matches('/').split('/').all(|name| name.is_empty() || is_slice(name)),
+        Selector::Unit(_) => names(path).all(is_slice),
         // Pods are placed by whoever knows them; users have no place.
         Selector::Pod(_) | Selector::User(_) => false,
     }
 }
 
 /// Whether a longer path than `path` can match the pattern: the places in the pattern that are reached after `path`.
-fn cgroup_may_match_below(pattern: &str, path: &str) -> bool {
-    let (pattern, path) = (pattern.trim_matches('/'), path.trim_matches('/'));
+pub(crate) fn cgroup_may_match_below(pattern: &str, path: &Path) -> bool {
+    let pattern = pattern.trim_matches('/');
     if pattern.is_empty() {
         return false;
     }
@@ -147,7 +163,7 @@ fn cgroup_may_match_below(pattern: &str, path: &str) -> bool {
         reached
     };
     let mut reached = skip(BTreeSet::from([0]));
-    for name in path.split('/').filter(|name| !name.is_empty()) {
+    for name in names(path) {
         let next = reached.iter().filter(|&&index| index < parts.len()).filter_map(|&index| match parts[index] {
             "**" => Some(index),
             part => glob(part, name).then_some(index + 1),
@@ -175,8 +191,8 @@ pub fn selected_users(policies: &PolicySet) -> impl Iterator<Item = &User> {
 
 /// A pattern covers what it matches and everything below. `/` is the root cgroup alone. `*` and `?` stay within one
 /// component of the path; `**` stands for any number of components.
-fn cgroup_matches(pattern: &str, path: &str) -> bool {
-    let (pattern, path) = (pattern.trim_matches('/'), path.trim_matches('/'));
+pub(crate) fn cgroup_matches(pattern: &str, path: &Path) -> bool {
+    let (pattern, path) = (pattern.trim_matches('/'), names(path).collect::<Vec<_>>());
     if pattern.is_empty() {
         return path.is_empty();
     }
@@ -184,14 +200,20 @@ fn cgroup_matches(pattern: &str, path: &str) -> bool {
         return false;
     }
     let pattern: Vec<&str> = pattern.split('/').chain(["**"]).collect();
-    let path: Vec<&str> = path.split('/').collect();
     wildcard(&pattern, &path, |&part| part == "**", |part, name| glob(part, name))
 }
 
-/// A glob over one name: `*` for any characters, `?` for one.
-fn glob(pattern: &str, name: &str) -> bool {
-    let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
-    wildcard(&pattern, &name, |&part| part == '*', |&part, &c| part == '?' || part == c)
+/// A glob over one name: `*` for any bytes, `?` for one character, or one byte that is part of none.
+pub(crate) fn glob(pattern: &str, name: &[u8]) -> bool {
+    if name.is_ascii() || !pattern.contains('?') {
+        return wildcard(pattern.as_bytes(), name, |&part| part == b'*', |&part, &c| part == b'?' || part == c);
+    }
+    let pattern: Vec<char> = pattern.chars().collect();
+    let name: Vec<Result<char, u8>> = name
+        .utf8_chunks()
+        .flat_map(|chunk| chunk.valid().chars().map(Ok).chain(chunk.invalid().iter().copied().map(Err)))
+        .collect();
+    wildcard(&pattern, &name, |&part| part == '*', |&part, &c| part == '?' || Ok(part) == c)
 }
 
 /// Whether a pattern fits a whole sequence: a star fits any number of items, every other part one. What precedes a star
@@ -247,7 +269,7 @@ fn meets(labels: &BTreeMap<String, String>, requirement: &LabelRequirement) -> b
     }
 }
 
-fn user_matches(user: &User, identity: &UserIdentity) -> bool {
+pub(crate) fn user_matches(user: &User, identity: &UserIdentity) -> bool {
     match user {
         User::Uid(uid) => identity.uid == Some(*uid),
         User::Name(name) => identity.name.as_ref() == Some(name),
@@ -256,9 +278,33 @@ fn user_matches(user: &User, identity: &UserIdentity) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+
     use proptest::prelude::*;
 
     use super::*;
+
+    fn cgroup_matches(pattern: &str, path: &str) -> bool {
+        super::cgroup_matches(pattern, Path::new(path))
+    }
+
+    fn cgroup_may_match_below(pattern: &str, path: &str) -> bool {
+        super::cgroup_may_match_below(pattern, Path::new(path))
+    }
+
+    fn glob(pattern: &str, name: &str) -> bool {
+        super::glob(pattern, name.as_bytes())
+    }
+
+    #[test]
+    fn names_are_bytes_and_patterns_are_text() {
+        assert!(super::glob("a*", b"a\xff") && super::glob("a?", b"a\xff") && super::glob("*", b"\xff\xfe"));
+        assert!(!super::glob("?", b"\xff\xfe") && !super::glob("a\u{fffd}", b"a\xff"));
+        // A character is one, however many bytes it takes; and so it is beside bytes that are none.
+        assert!(super::glob("?", "\u{e9}".as_bytes()) && super::glob("??", b"\xc3\xa9\xff"));
+        assert!(super::cgroup_matches("a/*", Path::new(OsStr::from_bytes(b"a/\xff/b"))));
+        assert!(super::cgroup_matches("**/b", Path::new(OsStr::from_bytes(b"a/\xff/b"))));
+    }
 
     #[test]
     fn a_cgroup_pattern_covers_the_children_of_what_it_matches() {
@@ -330,15 +376,11 @@ mod tests {
     #[test]
     fn a_slice_selects_what_is_in_it_and_a_service_cannot_pose_as_another() {
         let selector = |unit: &str| Selector::Unit(unit.to_owned());
-        let workload = |path: &str| Workload {
-            cgroup: Some(path.to_owned()),
-            unit: cgroup::unit(path.as_ref()).map(str::to_owned),
-            ..Workload::default()
-        };
+        let workload = |path: &str| Workload::of_cgroup(path.as_ref());
         assert!(matches(&selector("user.slice"), &workload("user.slice/user-1000.slice/session-1.scope")));
         assert!(!matches(&selector("user.slice"), &workload("system.slice/a.service/user.slice")));
-        assert!(reaches_below(&selector("a.service"), "system.slice"));
-        assert!(!reaches_below(&selector("a.service"), "system.slice/b.service"));
+        assert!(reaches_below(&selector("a.service"), "system.slice".as_ref()));
+        assert!(!reaches_below(&selector("a.service"), "system.slice/b.service".as_ref()));
     }
 
     #[test]

@@ -66,6 +66,82 @@ impl Questioner {
     }
 }
 
+/// The levels below the one at which the programs are attached at which workloads stand for themselves.
+///
+/// A service of systemd stands one or two levels below, a pod up to three; what a workload makes below its own cgroup is part
+/// of it.
+pub const LEVELS: usize = 3;
+
+/// The ancestors of a cgroup one, two and three levels below the one at which the programs are attached; the cgroup itself in
+/// place of those that it does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(transparent)]
+pub struct Lineage([u64; LEVELS]);
+
+impl Lineage {
+    /// Of a cgroup, whose ancestors at the levels are told by `ancestor`: 0 where it has none.
+    #[inline(always)]
+    pub fn of(cgroup: u64, ancestor: impl Fn(u8) -> u64) -> Self {
+        let at = |level| match ancestor(level) {
+            0 => cgroup,
+            id => id,
+        };
+        Self([at(1), at(2), at(3)])
+    }
+
+    /// The ids, that of the highest first.
+    #[inline(always)]
+    pub const fn ids(self) -> [u64; LEVELS] {
+        self.0
+    }
+
+    /// The id that stands for the workload: the deepest.
+    #[inline(always)]
+    pub const fn workload(self) -> u64 {
+        self.0[LEVELS - 1]
+    }
+}
+
+/// An element of the `SHARES` map, by cgroup: its part of the ring buffer, while that fills.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Share {
+    /// The second since boot of which `written` speaks.
+    second: u32,
+    /// Records of that second.
+    written: u32,
+    /// Records that were not written, ever.
+    lost: u64,
+}
+
+impl Share {
+    /// Of a workload that has lost so many records and not written any this second.
+    #[inline(always)]
+    pub const fn new(second: u32, written: u32, lost: u64) -> Self {
+        Self { second, written, lost }
+    }
+
+    /// With one more record, if the share of a second has room for it.
+    #[inline(always)]
+    pub const fn take(self, second: u32, most: u32) -> Option<Self> {
+        let written = if self.second == second { self.written } else { 0 };
+        if written < most { Some(Self { second, written: written + 1, lost: self.lost }) } else { None }
+    }
+
+    /// Records that were not written, ever.
+    #[inline(always)]
+    pub const fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// With one more that was not written.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_loss(self) -> Self {
+        Self { lost: self.lost.wrapping_add(1), ..self }
+    }
+}
+
 /// One record of the `EVENTS` ring buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -85,6 +161,7 @@ pub struct Event {
     socket: u8,
     family: u8,
     reserved: [u8; 3],
+    lineage: Lineage,
 }
 
 /// The record of [`Hook::Query`] where the name that was asked for can be read; an [`Event`] where it cannot.
@@ -124,10 +201,11 @@ impl Event {
 
     /// What a hook saw and what was decided.
     #[inline(always)]
-    pub fn new(time: u64, process: Process, hook: Hook, flow: &Flow, decision: &Decision) -> Self {
+    pub fn new(time: u64, process: Process, lineage: Lineage, hook: Hook, flow: &Flow, decision: &Decision) -> Self {
         Self {
             time,
             process,
+            lineage,
             address: flow.address,
             rule: decision.rule.map_or(0, |rule| rule.0.get()),
             port: flow.port.to_be(),
@@ -164,6 +242,11 @@ impl Event {
     /// The task that acted.
     pub const fn process(&self) -> &Process {
         &self.process
+    }
+
+    /// Whose fair share of the reports it takes.
+    pub const fn lineage(&self) -> Lineage {
+        self.lineage
     }
 
     /// Where it wanted to go.
@@ -205,8 +288,9 @@ impl Event {
 
 const _: () = assert!(size_of::<Questioner>() == 48);
 const _: () = assert!(size_of::<Process>() == 40 && align_of::<Process>() == 8);
-const _: () = assert!(size_of::<Event>() == 80 && align_of::<Event>() == 8);
-const _: () = assert!(size_of::<QueryEvent>() == 344 && align_of::<QueryEvent>() == 8);
+const _: () = assert!(size_of::<Event>() == 104 && align_of::<Event>() == 8);
+const _: () = assert!(size_of::<Share>() == 16);
+const _: () = assert!(size_of::<QueryEvent>() == 368 && align_of::<QueryEvent>() == 8);
 
 #[cfg(test)]
 mod tests {
@@ -224,7 +308,24 @@ mod tests {
         let rule = Some(RuleId(NonZeroU32::new(9).unwrap()));
         let decision =
             Decision { verdict: Verdict::WouldDeny, reason: Reason::Rule, rule, refusal: Refusal::Ehostunreach };
-        Event::new(11, process, Hook::Sendmsg6, &flow, &decision)
+        let lineage = Lineage::of(1, |level| [0, 7, 8, 0][usize::from(level)]);
+        Event::new(11, process, lineage, Hook::Sendmsg6, &flow, &decision)
+    }
+
+    #[test]
+    fn a_workload_that_has_no_ancestor_at_a_level_stands_for_itself() {
+        assert_eq!((event().lineage().ids(), event().lineage().workload()), ([7, 8, 1], 1));
+    }
+
+    #[test]
+    fn a_share_is_full_once_a_second() {
+        let mut share = Share::default();
+        for _ in 0..3 {
+            share = share.take(5, 3).unwrap();
+        }
+        assert_eq!(share.take(5, 3), None);
+        let share = share.with_loss().take(6, 3).unwrap();
+        assert_eq!((share, share.lost()), (Share::new(6, 1, 1), 1));
     }
 
     #[test]

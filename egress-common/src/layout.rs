@@ -5,22 +5,24 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{Hook, Lesson, Lifetime, Reason, Verdict};
 
 /// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Most scopes at a time, those of a change that is being made included.
 pub const MAX_SCOPES: u32 = 4096;
 
 /// Most pairs of a scope and a user with rules of its own.
-pub const MAX_USERS: u32 = 1 << 14;
+pub const MAX_USERS: u32 = 1 << 16;
 
 /// Most addresses that were learnt for names, of all workloads together.
 pub const MAX_FACTS: u32 = 1 << 18;
 /// Most addresses whose names are remembered for whoever reads denials.
 pub const MAX_HOSTS: u32 = 1 << 12;
 /// Most workloads that learn names.
-pub const MAX_LEARNERS: u32 = 1 << 13;
+pub const MAX_LEARNERS: u32 = 1 << 14;
 /// Most pairs of a scope and a resolver that it believes.
 pub const MAX_RESOLVERS: u32 = 1 << 13;
+/// Most cgroups whose part of the ring buffer is counted.
+pub const MAX_SHARES: u32 = 1 << 12;
 /// Most network namespaces in which resolvers are believed.
 pub const MAX_NETNS: u32 = 1 << 12;
 
@@ -36,8 +38,9 @@ pub mod map {
     pub const SEGMENTS: &str = "SEGMENTS";
     /// Array: view → [`crate::Settings`].
     pub const VIEWS: &str = "VIEWS";
-    /// Storage of sockets: [`crate::Peers`].
-    pub const PEERS: &str = "PEERS";
+    /// Storage of sockets: [`crate::Peers`]. The name has the version of that layout, whatever [`super::ABI_VERSION`] is: the
+    /// map is handed on from one agent to the next, also to one of another version.
+    pub const PEERS: &str = "PEERS_2";
     /// Array of one trie: [`crate::NameKey`] → number of a [`crate::NameId`].
     pub const NAME_IDS: &str = "NAME_IDS";
     /// The trie that [`NAME_IDS`] holds, pinned by itself, so that who may not ask for maps by number can read it.
@@ -46,8 +49,10 @@ pub mod map {
     pub const NAMES: &str = "NAMES";
     /// Hash of those used last: [`crate::FactKey`] → [`crate::NameKey`] of the name that the workload asked for last.
     pub const HOSTS: &str = "HOSTS";
-    /// Hash: workload → how many facts it has.
+    /// Hash: workload → [`crate::Account`].
     pub const QUOTAS: &str = "QUOTAS";
+    /// Hash: workload → how much of what it learnt is gone again.
+    pub const FORGOTTEN: &str = "FORGOTTEN";
     /// Hash: [`crate::ResolverKey`] → 1.
     pub const RESOLVERS: &str = "RESOLVERS";
     /// Hash: cookie of a network namespace in which resolvers are believed → 1.
@@ -60,6 +65,8 @@ pub mod map {
     pub const QUESTIONED: &str = "QUESTIONED";
     /// Per-CPU array: where messages of DNS are read.
     pub const SCRATCH: &str = "SCRATCH";
+    /// Hash of those used last: cgroup → [`crate::Share`].
+    pub const SHARES: &str = "SHARES";
     /// Ring buffer of [`crate::Event`] and [`crate::QueryEvent`].
     pub const EVENTS: &str = "EVENTS";
     /// Per-CPU array of counters, by [`crate::Counter`].
@@ -68,9 +75,9 @@ pub mod map {
     pub const META: &str = "META";
 
     /// Every map.
-    pub const ALL: [&str; 19] = [
-        WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, NAME_IDS, NAMES, HOSTS, QUOTAS, RESOLVERS, NETNS, ASKED,
-        STREAMS, QUESTIONED, SCRATCH, EVENTS, STATS, META,
+    pub const ALL: [&str; 21] = [
+        WORKLOADS, USERS, POLICY, SEGMENTS, VIEWS, PEERS, NAME_IDS, NAMES, HOSTS, QUOTAS, FORGOTTEN, RESOLVERS, NETNS,
+        ASKED, STREAMS, QUESTIONED, SCRATCH, SHARES, EVENTS, STATS, META,
     ];
 }
 
@@ -136,7 +143,9 @@ pub struct Meta {
     agent_version: [u8; VERSION_LEN],
     /// One byte, so that no reader sees half of it.
     deepest: u8,
-    reserved: [u8; 3],
+    /// The level of the cgroup that the programs are attached to.
+    level: u8,
+    reserved: [u8; 2],
     /// One bit for each hook, by its code.
     hooks: u16,
     refused: u16,
@@ -146,6 +155,9 @@ pub struct Meta {
     /// Whether port 53 is kept for those who may serve it.
     guards_dns: u8,
     reserved_too: [u8; 3],
+    /// How many addresses each workload always finds room for.
+    guaranteed: u32,
+    reserved_last: u32,
 }
 
 impl Meta {
@@ -163,13 +175,16 @@ impl Meta {
             policy_hash: [0; 32],
             agent_version: version,
             deepest: 0,
-            reserved: [0; 3],
+            level: 0,
+            reserved: [0; 2],
             hooks: 0,
             refused: 0,
             lifetime: Lifetime { floor: 0, grace: 0 },
             quota: 0,
             guards_dns: 0,
             reserved_too: [0; 3],
+            guaranteed: 0,
+            reserved_last: 0,
         }
     }
 
@@ -202,6 +217,18 @@ impl Meta {
         Self { deepest, ..self }
     }
 
+    /// With the level of the cgroup that the programs are attached to.
+    #[must_use]
+    pub const fn with_level(self, level: u8) -> Self {
+        Self { level, ..self }
+    }
+
+    /// The level of the cgroup that the programs are attached to; that of the root is 0.
+    #[inline(always)]
+    pub const fn level(&self) -> u8 {
+        self.level
+    }
+
     /// With what holds for what is learnt of names: for how long it holds, and how many addresses a workload may have learnt.
     #[must_use]
     pub const fn with_names(self, lifetime: Lifetime, quota: u32) -> Self {
@@ -218,6 +245,18 @@ impl Meta {
     #[inline(always)]
     pub const fn quota(&self) -> u32 {
         self.quota
+    }
+
+    /// With another number of addresses that each workload always finds room for.
+    #[must_use]
+    pub const fn with_guaranteed(self, guaranteed: u32) -> Self {
+        Self { guaranteed, ..self }
+    }
+
+    /// How many addresses each workload always finds room for.
+    #[inline(always)]
+    pub const fn guaranteed(&self) -> u32 {
+        self.guaranteed
     }
 
     /// With port 53 kept for those who may serve it, or not.
@@ -270,7 +309,7 @@ impl Meta {
     }
 }
 
-const _: () = assert!(size_of::<Meta>() == 112 && align_of::<Meta>() == 8);
+const _: () = assert!(size_of::<Meta>() == 120 && align_of::<Meta>() == 8);
 
 #[cfg(test)]
 mod tests {
@@ -296,10 +335,10 @@ mod tests {
 
     #[test]
     fn meta_tells_who_wrote_it() {
-        let meta = Meta::new(42, "1.2.3").with_policy(7, [9; 32], 11).with_deepest(3);
+        let meta = Meta::new(42, "1.2.3").with_policy(7, [9; 32], 11).with_deepest(3).with_level(2);
         assert_eq!((meta.abi(), meta.pid(), meta.generation()), (ABI_VERSION, 42, 7));
         assert_eq!((meta.agent_version(), meta.policy_hash()), ("1.2.3", &[9; 32]));
-        assert_eq!((meta.applied(), meta.deepest()), (11, 3));
+        assert_eq!((meta.applied(), meta.deepest(), meta.level()), (11, 3, 2));
         let meta = meta.with_hooks(&[Hook::Connect4, Hook::Egress], &[Hook::Setsockopt]);
         assert!(meta.has_hook(Hook::Connect4) && meta.has_hook(Hook::Egress) && !meta.has_hook(Hook::Setsockopt));
         assert!(meta.lacks_hook(Hook::Setsockopt) && !meta.lacks_hook(Hook::Egress));

@@ -37,17 +37,20 @@ pub use decide::{
     queries, remembers_peers, rule_by_name, serves_dns,
 };
 pub use dns::{EndOfName, KEY_BYTES, Message, NameEnd, NameKey, Question, Record, Response, end_of_name};
-pub use event::{COMM_LEN, Event, Process, QueryEvent, Questioner};
+pub use event::{COMM_LEN, Event, LEVELS, Lineage, Process, QueryEvent, Questioner, Share};
 pub use flow::{Flow, Hook, Protocol, Scope, View};
 pub use layout::{
-    ABI_VERSION, Counter, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MAX_NETNS, MAX_RESOLVERS, MAX_SCOPES, MAX_USERS, Meta,
-    map,
+    ABI_VERSION, Counter, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MAX_NETNS, MAX_RESOLVERS, MAX_SCOPES, MAX_SHARES,
+    MAX_USERS, Meta, map,
 };
-pub use names::{Asked, Claim, ClaimPlace, Claims, FactKey, Lesson, Lifetime, MOST_CLAIMS, NameId, ResolverKey};
+pub use names::{
+    Account, Asked, COMMON, COMMON_FACTS, Claim, ClaimPlace, Claims, FactKey, Fit, Lesson, Lifetime, MOST_CLAIMS,
+    NameId, ResolverKey, guaranteed,
+};
 pub use packet::{
     Arrived, Bytes, Checksum, DNS_PORT, Packet, Sent, Way, answer_v4, answer_v6, sent_v4, sent_v6, way_v4, way_v6,
 };
-pub use peers::{Peers, REPLY_SECONDS};
+pub use peers::{MAX_PEERS, Peers, REPLY_SECONDS};
 pub use reserved::Reserved;
 pub use rule::{Action, Entries, Entry, RuleId, Segment, SegmentList};
 pub use settings::{Refusal, Settings};

@@ -127,8 +127,19 @@ pub struct ClaimPlace {
     pub index: usize,
     /// What is there.
     pub old: Claim,
-    /// It still holds, and is given up.
-    pub is_crowded: bool,
+    /// Whether there was a place for it.
+    pub fit: Fit,
+}
+
+/// Whether there is a place for a claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fit {
+    /// Nothing is lost by it.
+    Free,
+    /// Another name's claim is there, which still holds and ends earlier: it is given up.
+    Displaces,
+    /// Four others hold at least as long: there is none.
+    None,
 }
 
 /// A value of the `NAMES` map: the names that claim an address. All zeros is nobody.
@@ -178,8 +189,8 @@ impl Claims {
         self.live_claims(now).next().is_none()
     }
 
-    /// Where a claim goes: in the place of an older one of the same name, else where nobody's is, else of the one that ends first,
-    /// which then is lost.
+    /// Where a claim goes: in the place of an older one of the same name, else where none is that holds, else in that of the one
+    /// that ends first, if it ends earlier than the new one.
     ///
     /// A place is looked for from one that depends on the name, so that two that are learnt at the same time rarely meet. Each is
     /// looked at by a number that the compiler knows, as older kernels read no other from a program's own memory.
@@ -189,7 +200,7 @@ impl Claims {
         const FREE: u64 = 1;
         const TAKEN: u64 = FREE + MOST_CLAIMS as u64;
         let start = claim.0 >> 32;
-        let mut best = ClaimPlace { index: 0, old: Claim(self.0[0]), is_crowded: false };
+        let mut best = ClaimPlace { index: 0, old: Claim(self.0[0]), fit: Fit::Free };
         let mut least = u64::MAX;
         let mut index = 0;
         while index < MOST_CLAIMS {
@@ -203,21 +214,60 @@ impl Claims {
             };
             if cost < least {
                 least = cost;
-                best = ClaimPlace { index, old: there, is_crowded: cost >= TAKEN };
+                best = ClaimPlace { index, old: there, fit: Fit::Free };
             }
             index += 1;
+        }
+        if least >= TAKEN {
+            best.fit = if best.old.expires() < claim.expires() { Fit::Displaces } else { Fit::None };
         }
         best
     }
 
-    /// With a claim where it goes; of the same name, the one that lasts longer.
+    /// With a claim where it goes, if there is a place for it; of the same name, the one that lasts longer.
     #[must_use]
     pub fn with(self, claim: Claim, now: u32) -> Self {
-        let ClaimPlace { index, old, .. } = self.place(claim, now);
+        let ClaimPlace { index, old, fit } = self.place(claim, now);
         let mut claims = self;
-        claims.0[index] = claim.over(old).0;
+        if fit != Fit::None {
+            claims.0[index] = claim.over(old).0;
+        }
         claims
     }
+}
+
+/// A value of the `QUOTAS` map: what a workload learnt and what not, counted by the kernel alone, and never set back. How much of
+/// the first is gone again is in the `FORGOTTEN` map, which the agent alone writes: so both are exact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Account {
+    /// Addresses that were learnt.
+    pub learnt: u64,
+    /// Answers that were not, as there was no room for the workload.
+    pub refused: u64,
+}
+
+impl Account {
+    /// How many there are.
+    #[inline(always)]
+    pub const fn count(self, forgotten: u64) -> u64 {
+        self.learnt.wrapping_sub(forgotten)
+    }
+}
+
+/// The key of the account of what all workloads together learnt beyond their guaranteed parts. No cgroup has this id.
+pub const COMMON: u64 = u64::MAX - 1;
+
+/// How much of the table is guaranteed, and shared evenly among the workloads that may learn: half.
+const GUARANTEED_FACTS: u32 = crate::MAX_FACTS / 2;
+/// How much of it workloads may have beyond their guaranteed parts: the other half, but for what each processor may add to it
+/// before it sees what the others did.
+pub const COMMON_FACTS: u32 = crate::MAX_FACTS / 2 - 8192;
+
+/// How many addresses each of so many workloads always finds room for, up to its quota.
+pub const fn guaranteed(quota: u32, learners: u32) -> u32 {
+    let part = GUARANTEED_FACTS / if learners == 0 { 1 } else { learners };
+    if quota < part { quota } else { part }
 }
 
 const _: () = assert!(size_of::<FactKey>() == 24 && size_of::<Claims>() == 32);
@@ -255,9 +305,9 @@ coded_enum! {
         Reserved = 3 => "reserved_address",
         /// The workload has as many facts as it may have.
         Quota = 4 => "quota",
-        /// There was no memory.
+        /// There was no memory, or no room in the part of the table that is common.
         NoRoom = 5 => "no_room",
-        /// One name too many for an address: the claim that would have ended first was given up.
+        /// One name too many for an address: of all, the claim that ends first was given up, or not learnt.
         Crowded = 6 => "crowded",
         /// A packet from port 53 to a socket that asked nobody, or from somebody whom it did not ask.
         Unasked = 7 => "unasked",
@@ -385,23 +435,34 @@ mod tests {
     }
 
     proptest! {
-        /// What was claimed last always holds, and a claim is given up only where four others hold longer.
+        /// The four that hold longest are kept, whatever comes later; of those that end at the same time, the earlier ones.
         #[test]
-        fn claims_are_kept_by_how_long_they_hold(made in prop::collection::vec((1..8_u32, 0..50_u32, 0..10_u32), 1..40)) {
+        fn no_claim_displaces_one_that_holds_as_long(made in prop::collection::vec((1..8_u32, 0..50_u32, 0..10_u32), 1..40)) {
             let (mut claims, mut model, mut now) = (Claims::default(), BTreeMap::<u32, u32>::new(), 0);
             for (number, lasts, later) in made {
                 now += later;
                 model.retain(|_, end| *end > now);
                 let end = now + 1 + lasts;
+                let fit = claims.place(Claim::new(name(number), end), now).fit;
                 claims = claims.with(Claim::new(name(number), end), now);
-                let told = model.entry(number).or_default();
-                *told = end.max(*told);
-                if model.len() > MOST_CLAIMS {
-                    let first = model.iter().filter(|(other, _)| **other != number).map(|(_, &end)| end).min().unwrap();
+                let first = model.values().copied().min().unwrap_or(0);
+                let expected = if model.contains_key(&number) || model.len() < MOST_CLAIMS {
+                    Fit::Free
+                } else if first < end {
+                    Fit::Displaces
+                } else {
+                    Fit::None
+                };
+                prop_assert_eq!(fit, expected);
+                if expected == Fit::Displaces {
                     let held = |other: u32| (0..4).any(|index| claims.live(index, now) == NameId::new(other));
                     let gone: std::vec::Vec<u32> = model.keys().copied().filter(|&other| !held(other)).collect();
                     prop_assert_eq!(gone.len(), 1);
                     prop_assert_eq!(model.remove(&gone[0]), Some(first));
+                }
+                if expected != Fit::None {
+                    let there = model.entry(number).or_insert(end);
+                    *there = end.max(*there);
                 }
                 let mut held: std::vec::Vec<(u32, u32)> = (0..4).filter_map(|index| {
                     claims.live(index, now).map(|name| (name.number(), claims.get(index).expires()))
@@ -410,6 +471,14 @@ mod tests {
                 prop_assert_eq!(held, model.iter().map(|(&name, &end)| (name, end)).collect::<std::vec::Vec<_>>());
                 prop_assert_eq!(claims.are_over(now), model.is_empty());
             }
+        }
+
+        /// However many workloads there are, the guaranteed parts and what is common fit the table.
+        #[test]
+        fn the_table_has_room_for_what_is_guaranteed(quota in 0..100_000_u32, learners in 1..200_000_u32) {
+            let part = guaranteed(quota, learners);
+            prop_assert!(part <= quota);
+            prop_assert!(u64::from(part) * u64::from(learners) + u64::from(COMMON_FACTS) < u64::from(crate::MAX_FACTS));
         }
     }
 }

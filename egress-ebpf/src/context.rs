@@ -33,6 +33,20 @@ pub(crate) fn address_v6(ctx: &SockAddrContext) -> Address {
     Address::from_network_words(words)
 }
 
+/// An address as two numbers: functions that are verified by themselves take no more than five.
+#[inline(always)]
+pub(crate) fn halves(address: Address) -> (u64, u64) {
+    let [a, b, c, d] = address.network_words();
+    (u64::from(a) << 32 | u64::from(b), u64::from(c) << 32 | u64::from(d))
+}
+
+/// What [`halves`] took apart.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "each number is taken apart as it was put together")]
+pub(crate) const fn joined(high: u64, low: u64) -> Address {
+    Address::from_network_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32])
+}
+
 #[inline(always)]
 fn fields(ctx: &SockAddrContext) -> &bpf_sock_addr {
     // SAFETY: the kernel passes a valid context that lives as long as the program runs; the verifier checks each access.

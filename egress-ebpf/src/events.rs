@@ -1,28 +1,47 @@
 //! What was decided is counted, and reported to the agent through the `EVENTS` ring buffer if it is a refusal.
+//!
+//! While less than half of the ring is in use, everybody writes. Then each workload has a share of a second, counted in the
+//! `SHARES` map: one that refuses at full speed takes what is left from itself, not from its neighbours. What is not written
+//! is counted, and whose it was.
 
 use aya_ebpf::{
-    btf_maps::RingBuf,
-    helpers::{bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
+    bindings::BPF_RB_AVAIL_DATA,
+    btf_maps::{LruHashMap, RingBuf},
+    helpers::{
+        bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+        generated::bpf_ringbuf_query,
+    },
     macros::btf_map,
     programs::SkBuffContext,
 };
 use egress_common::{
-    COMM_LEN, Counter, Decision, Event, Flow, Hook, NameKey, Process, QueryEvent, SocketKind, Verdict,
+    COMM_LEN, Counter, Decision, Event, Flow, Hook, Lineage, MAX_SHARES, NameKey, Process, QueryEvent, Share,
+    SocketKind, Verdict,
 };
 
 use crate::{asked, clock, stats, workloads};
 
-/// Bytes, a power of two; room for about 11,000 reports that the agent has not read yet, or 3,000 of questions.
-const CAPACITY: usize = 1 << 20;
+/// Bytes, a power of two; room for about 18,000 reports that the agent has not read yet, or 5,000 of questions.
+const CAPACITY: usize = 1 << 21;
 
 #[btf_map]
 static EVENTS: RingBuf<Event, CAPACITY> = RingBuf::new();
+
+#[btf_map]
+static SHARES: LruHashMap<u64, Share, { MAX_SHARES as usize }> = LruHashMap::new();
+
+/// What of the ring is in use when the shares of a level begin to count, the deepest level first, and how many records of a
+/// second are a share there. A workload that stands higher in the hierarchy holds others, or makes cgroups as it likes:
+/// whatever it makes, it leaves the last quarter to the others.
+const SHARES_OF: [(u64, u32); 3] =
+    [(CAPACITY as u64 / 2, 512), (CAPACITY as u64 / 8 * 5, 1024), (CAPACITY as u64 / 4 * 3, 2048)];
 
 /// What the current task asked for.
 #[inline(always)]
 pub(crate) fn record(hook: Hook, flow: &Flow, decision: &Decision) {
     if is_to_report(hook, decision) {
-        write(&Event::new(clock::nanoseconds(), current(), hook, flow, decision));
+        let lineage = workloads::current_lineage();
+        write(lineage, || Event::new(clock::nanoseconds(), current(), lineage, hook, flow, decision));
     }
 }
 
@@ -30,7 +49,10 @@ pub(crate) fn record(hook: Hook, flow: &Flow, decision: &Decision) {
 #[inline(always)]
 pub(crate) fn record_socket(hook: Hook, kind: SocketKind, family: u32, flow: &Flow, decision: &Decision) {
     if is_to_report(hook, decision) {
-        write(&Event::new(clock::nanoseconds(), current(), hook, flow, decision).of_socket(kind, family));
+        let lineage = workloads::current_lineage();
+        write(lineage, || {
+            Event::new(clock::nanoseconds(), current(), lineage, hook, flow, decision).of_socket(kind, family)
+        });
     }
 }
 
@@ -38,7 +60,8 @@ pub(crate) fn record_socket(hook: Hook, kind: SocketKind, family: u32, flow: &Fl
 #[inline(always)]
 pub(crate) fn record_packet(ctx: &SkBuffContext, flow: &Flow, decision: &Decision) {
     if is_to_report(Hook::Egress, decision) {
-        write(&Event::new(clock::nanoseconds(), sender(ctx), Hook::Egress, flow, decision));
+        let lineage = workloads::lineage_of(ctx);
+        write(lineage, || Event::new(clock::nanoseconds(), sender(ctx), lineage, Hook::Egress, flow, decision));
     }
 }
 
@@ -52,14 +75,16 @@ pub(crate) fn record_question(ctx: &SkBuffContext, flow: &Flow, decision: &Decis
         Some(questioner) => *questioner.process(),
         None => sender(ctx),
     };
-    let event = Event::new(clock::nanoseconds(), sender, Hook::Query, flow, decision);
+    let lineage = workloads::lineage_of(ctx);
+    let event = || Event::new(clock::nanoseconds(), sender, lineage, Hook::Query, flow, decision);
     // SAFETY: a slot that the caller has, or null.
-    let Some(name) = (unsafe { name.as_ref() }) else { return write(&event) };
-    let Some(mut record) = EVENTS.reserve_untyped::<QueryEvent>(0) else {
-        return stats::add(Counter::EventsLost);
-    };
+    let Some(name) = (unsafe { name.as_ref() }) else { return write(lineage, event) };
+    if !may_write(lineage) {
+        return;
+    }
+    let Some(mut record) = EVENTS.reserve_untyped::<QueryEvent>(0) else { return lose(lineage.workload()) };
     // SAFETY: the record is ours.
-    unsafe { QueryEvent::write(record.as_mut_ptr(), event, name) };
+    unsafe { QueryEvent::write(record.as_mut_ptr(), event(), name) };
     record.submit(0);
 }
 
@@ -79,11 +104,77 @@ fn is_to_report(hook: Hook, decision: &Decision) -> bool {
     }
 }
 
-/// Writes one report; counts it as lost if there is no room.
+/// Writes one report, to where it is to stand: the stack of a program is small. Counts it as lost if there is no room.
 #[inline(always)]
-fn write(event: &Event) {
-    if EVENTS.output(event, 0).is_err() {
-        stats::add(Counter::EventsLost);
+fn write(lineage: Lineage, event: impl FnOnce() -> Event) {
+    if !may_write(lineage) {
+        return;
+    }
+    match EVENTS.reserve_untyped::<Event>(0) {
+        Some(mut record) => {
+            record.write(event());
+            record.submit(0);
+        }
+        None => lose(lineage.workload()),
+    }
+}
+
+/// Whether there is room for a record, or for one of this workload; where there is none, the record is counted as lost.
+#[inline(always)]
+fn may_write(lineage: Lineage) -> bool {
+    let [first, second, third] = lineage.ids();
+    has_room(first, second, third) != 0
+}
+
+/// Verified once as a function of its own, which has a stack of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn has_room(first: u64, second: u64, third: u64) -> u32 {
+    // SAFETY: the helper takes a ring buffer and a number, and returns a number.
+    let used = unsafe { bpf_ringbuf_query((&raw const EVENTS).cast_mut().cast(), BPF_RB_AVAIL_DATA.into()) };
+    let [deepest, middle, highest] = SHARES_OF;
+    if used <= deepest.0 {
+        return 1;
+    }
+    let now = clock::seconds();
+    let is_shared = takes(third, now, deepest.1)
+        && (used <= middle.0 || second == third || takes(second, now, middle.1))
+        && (used <= highest.0 || first == second || takes(first, now, highest.1));
+    if !is_shared {
+        lose(third);
+    }
+    is_shared.into()
+}
+
+/// Whether the share of a cgroup has room for one more record, which is then taken. Two processors that count at once may
+/// count one: the share is not exact, and need not be.
+#[inline(always)]
+fn takes(cgroup: u64, second: u32, most: u32) -> bool {
+    let Some(share) = SHARES.get_ptr_mut(cgroup) else {
+        // Where there is no room to count, the ring has some.
+        let _ = SHARES.insert(cgroup, Share::new(second, 1, 0), 0);
+        return true;
+    };
+    // SAFETY: a pointer into the map, whose elements outlive the program.
+    match unsafe { share.read() }.take(second, most) {
+        Some(taken) => {
+            // SAFETY: as above.
+            unsafe { share.write(taken) };
+            true
+        }
+        None => false,
+    }
+}
+
+/// Counts a record that is not written, and whose it was.
+#[inline(always)]
+fn lose(workload: u64) {
+    stats::add(Counter::EventsLost);
+    match SHARES.get_ptr_mut(workload) {
+        // SAFETY: as in `takes`.
+        Some(share) => unsafe { share.write(share.read().with_loss()) },
+        // Where there is no room, the sum of all tells.
+        None => drop(SHARES.insert(workload, Share::new(0, 0, 1), 0)),
     }
 }
 

@@ -13,6 +13,7 @@
 
 mod answer;
 mod asked;
+mod atomic;
 mod clock;
 mod context;
 mod events;

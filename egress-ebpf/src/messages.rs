@@ -11,7 +11,7 @@ use core::{
 use aya_ebpf::{bindings::__sk_buff, btf_maps::PerCpuArray, helpers::generated::bpf_skb_load_bytes, macros::btf_map};
 use egress_common::{Bytes, EndOfName, Message, NameKey, Question, end_of_name};
 
-use crate::names;
+use crate::{atomic, names};
 
 /// Bytes of a message and of the length before it, a power of two.
 pub(crate) const ROOM: u32 = 4096;
@@ -47,14 +47,14 @@ pub(crate) extern "C" fn take_slot() -> u32 {
         let Some(scratch) = SCRATCH.get_ptr_mut(slot) else { return NO_SLOT };
         // SAFETY: a pointer to this processor's element, which outlives the program.
         let users = unsafe { &raw mut (*scratch).users };
-        change(users, 1);
+        atomic::add(users, 1);
         // Whoever sees itself alone here had added itself before anybody else looks: one at most.
         // SAFETY: as above.
         if unsafe { ptr::read_volatile(users) } == 1 {
             compiler_fence(Ordering::SeqCst);
             return slot;
         }
-        change(users, u64::MAX);
+        atomic::add(users, u64::MAX);
     }
     NO_SLOT
 }
@@ -66,23 +66,9 @@ pub(crate) extern "C" fn give_back(slot: u32) -> u32 {
     compiler_fence(Ordering::SeqCst);
     if let Some(scratch) = SCRATCH.get_ptr_mut(slot) {
         // SAFETY: as in `take_slot`.
-        change(unsafe { &raw mut (*scratch).users }, u64::MAX);
+        atomic::add(unsafe { &raw mut (*scratch).users }, u64::MAX);
     }
     0
-}
-
-/// Adds to a number of users in one instruction (`BPF_XADD`), which does not tell what it was: kernels before 5.12 know no other. No
-/// atomic type of the language is as modest.
-#[inline(always)]
-fn change(users: *mut u64, by: u64) {
-    #[cfg(target_arch = "bpf")]
-    // SAFETY: aligned, and of an element that outlives the program; everybody changes it like this.
-    unsafe {
-        core::arch::asm!("lock *(u64 *)({users} + 0) += {by}", users = in(reg) users, by = in(reg) by);
-    }
-    // Where it is only looked at, not run.
-    #[cfg(not(target_arch = "bpf"))]
-    let _ = (users, by);
 }
 
 /// A message in a slot of [`SCRATCH`].

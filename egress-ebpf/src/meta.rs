@@ -12,6 +12,12 @@ pub(crate) fn deepest() -> u8 {
     META.get(0).map_or(0, Meta::deepest)
 }
 
+/// The level of the cgroup that the programs are attached to.
+#[inline(always)]
+pub(crate) fn level() -> u8 {
+    META.get(0).map_or(0, Meta::level)
+}
+
 /// For how long answers of DNS hold.
 #[inline(always)]
 pub(crate) fn lifetime() -> Lifetime {
@@ -28,4 +34,10 @@ pub(crate) fn quota() -> u32 {
 #[inline(always)]
 pub(crate) fn guards_dns() -> bool {
     META.get(0).is_some_and(Meta::guards_dns)
+}
+
+/// How many addresses each workload always finds room for.
+#[inline(always)]
+pub(crate) fn guaranteed() -> u32 {
+    META.get(0).map_or(0, Meta::guaranteed)
 }

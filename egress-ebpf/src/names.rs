@@ -10,12 +10,14 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use egress_common::{
-    Address, Claim, Claims, FactKey, Flow, KEY_BYTES, Lesson, MAX_FACTS, MAX_HOSTS, MAX_LEARNERS, MOST_CLAIMS, NameId,
-    NameKey, NamedRules, Place, Protocol, RuleId, SHARED, View, rule_by_name,
+    Account, Address, COMMON, COMMON_FACTS, Claim, Claims, FactKey, Fit, Flow, KEY_BYTES, Lesson, MAX_FACTS, MAX_HOSTS,
+    MAX_LEARNERS, MOST_CLAIMS, NameId, NameKey, NamedRules, Place, Protocol, RuleId, SHARED, View, rule_by_name,
 };
 
 use crate::{
-    clock, meta,
+    atomic, clock,
+    context::{halves, joined},
+    meta,
     rules::Maps,
     stats,
     workloads::{self, NO_PREALLOC},
@@ -36,7 +38,10 @@ static NAMES: HashMap<FactKey, Claims, { MAX_FACTS as usize }, NO_PREALLOC> = Ha
 static HOSTS: LruHashMap<FactKey, NameKey, { MAX_HOSTS as usize }> = LruHashMap::new();
 
 #[btf_map]
-static QUOTAS: HashMap<u64, u32, { MAX_LEARNERS as usize }, NO_PREALLOC> = HashMap::new();
+static QUOTAS: HashMap<u64, Account, { MAX_LEARNERS as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+static FORGOTTEN: HashMap<u64, u64, { MAX_LEARNERS as usize }, NO_PREALLOC> = HashMap::new();
 
 /// The closest name or pattern that a policy knows.
 #[inline(always)]
@@ -71,12 +76,14 @@ fn put(key: &FactKey, claim: Claim, now: u32) -> Lesson {
     if let Some(claims) = NAMES.get_ptr_mut(key) {
         return add(claims, claim, now);
     }
-    let count = QUOTAS.get_ptr_mut(key.workload());
-    // SAFETY: a pointer into the map, whose elements outlive the program. A count that is lost to another processor is found
-    // by the agent, which counts again.
-    if count.is_some_and(|count| unsafe { ptr::read_volatile(count) } >= meta::quota()) {
-        return Lesson::Quota;
-    }
+    let Some(account) = account(key.workload()) else { return Lesson::NoRoom };
+    let is_common = match admit(account, key.workload()) {
+        Ok(is_common) => is_common,
+        Err(lesson) => {
+            atomic::add(refused(account), 1);
+            return lesson;
+        }
+    };
     match NAMES.insert(key, Claims::only(claim), BPF_NOEXIST.into()) {
         Ok(()) => {}
         Err(error) if error == -EEXIST => {
@@ -85,27 +92,82 @@ fn put(key: &FactKey, claim: Claim, now: u32) -> Lesson {
                 None => Lesson::NoRoom,
             };
         }
-        Err(_) => return Lesson::NoRoom,
+        Err(_) => {
+            atomic::add(refused(account), 1);
+            return Lesson::NoRoom;
+        }
     }
-    match count {
-        // SAFETY: as above.
-        Some(count) => unsafe { ptr::write_volatile(count, ptr::read_volatile(count).wrapping_add(1)) },
-        // Where there is no room for it, nobody counts; the agent will.
-        None => drop(QUOTAS.insert(key.workload(), 1, 0)),
+    // In this order: the agent reads what is common first, and so may count something twice, and never too little.
+    atomic::add(learnt(account), 1);
+    if is_common && let Some(common) = self::account(COMMON) {
+        atomic::add(learnt(common), 1);
     }
     Lesson::Learnt
+}
+
+/// The account of a workload, opened if need be; `None` if there is no room for it.
+#[inline(always)]
+fn account(workload: u64) -> Option<*mut Account> {
+    if let Some(account) = QUOTAS.get_ptr_mut(workload) {
+        return Some(account);
+    }
+    // Another processor may have opened it.
+    let _ = QUOTAS.insert(workload, Account { learnt: 0, refused: 0 }, BPF_NOEXIST.into());
+    QUOTAS.get_ptr_mut(workload)
+}
+
+/// Whether a workload may learn one more address, and whether that is one of the common part. Processors that ask at the same time
+/// may each add one too many.
+#[inline(always)]
+fn admit(account: *mut Account, workload: u64) -> Result<bool, Lesson> {
+    let has = count_of(account, workload);
+    if has >= meta::quota().into() {
+        return Err(Lesson::Quota);
+    }
+    if has < meta::guaranteed().into() {
+        return Ok(false);
+    }
+    let common = match QUOTAS.get_ptr_mut(COMMON) {
+        Some(common) => count_of(common, COMMON),
+        None => 0,
+    };
+    if common < COMMON_FACTS.into() { Ok(true) } else { Err(Lesson::NoRoom) }
+}
+
+#[inline(always)]
+fn count_of(account: *mut Account, workload: u64) -> u64 {
+    // SAFETY: an element is replaced as a whole, and this is one word.
+    let forgotten = unsafe { FORGOTTEN.get(workload) }.copied().unwrap_or(0);
+    // SAFETY: a pointer into the map, whose elements outlive the program.
+    let learnt = unsafe { ptr::read_volatile(learnt(account)) };
+    Account { learnt, refused: 0 }.count(forgotten)
+}
+
+#[inline(always)]
+const fn learnt(account: *mut Account) -> *mut u64 {
+    // SAFETY: a pointer into the map, to an account; nothing is read.
+    unsafe { &raw mut (*account).learnt }
+}
+
+#[inline(always)]
+const fn refused(account: *mut Account) -> *mut u64 {
+    // SAFETY: as in `learnt`.
+    unsafe { &raw mut (*account).refused }
 }
 
 /// Adds a claim to those that others may be reading: one word at a time.
 #[inline(always)]
 fn add(claims: *mut Claims, claim: Claim, now: u32) -> Lesson {
     let place = read(claims).place(claim, now);
+    if place.fit == Fit::None {
+        return Lesson::Crowded;
+    }
     // SAFETY: a pointer into the map, to one of as many words; its elements outlive the program.
     unsafe {
         let word = claims.cast::<u64>().add(place.index & (MOST_CLAIMS - 1));
         ptr::write_volatile(word, claim.over(place.old).word());
     }
-    if place.is_crowded { Lesson::Crowded } else { Lesson::Learnt }
+    if place.fit == Fit::Free { Lesson::Learnt } else { Lesson::Crowded }
 }
 
 #[inline(always)]
@@ -137,10 +199,9 @@ impl NamedRules for Maps<'_> {
 /// [`rule_by_name`] for the current task.
 #[inline(always)]
 pub(crate) fn allows(view: View, flow: &Flow) -> Option<RuleId> {
-    let [a, b, c, d] = flow.address.network_words();
-    let word = |high: u32, low: u32| u64::from(high) << 32 | u64::from(low);
+    let (high, low) = halves(flow.address);
     let asked = u64::from(view.index()) << 32 | u64::from(flow.protocol.number()) << 16 | u64::from(flow.port);
-    let by = |workload| RuleId::from_field(allowed_by_name(asked, word(a, b), word(c, d), workload));
+    let by = |workload| RuleId::from_field(allowed_by_name(asked, high, low, workload));
     match by(workloads::current_workload()) {
         None => by(SHARED),
         found => found,
@@ -152,7 +213,7 @@ pub(crate) fn allows(view: View, flow: &Flow) -> Option<RuleId> {
 #[inline(never)]
 #[expect(clippy::cast_possible_truncation, reason = "each number is taken apart as it was put together")]
 extern "C" fn allowed_by_name(asked: u64, high: u64, low: u64, workload: u64) -> u32 {
-    let address = Address::from_network_words([(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]);
+    let address = joined(high, low);
     let protocol = Protocol::from_kernel(asked as u32 >> 16);
     let flow = Flow { place: Place::Unknown, protocol, address, port: asked as u16 };
     match rule_by_name(&Maps::WITHOUT_SOCKET, View::new((asked >> 32) as u32), &flow, workload) {

@@ -13,7 +13,9 @@ use aya_ebpf::{
     macros::btf_map,
     programs::SkBuffContext,
 };
-use egress_common::{ELSEWHERE, MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place, workload};
+use egress_common::{
+    ELSEWHERE, Lineage, MAX_USERS, Place, Placement, Scope, Task, UserKey, Workloads, place, workload,
+};
 use zerocopy::transmute;
 
 use crate::meta;
@@ -69,6 +71,24 @@ pub(crate) extern "C" fn current_workload() -> u64 {
         Some(placements) => workload(&Maps { placements }, &Current),
         None => ELSEWHERE,
     }
+}
+
+/// Whose share of the reports the current task takes.
+#[inline(always)]
+pub(crate) fn current_lineage() -> Lineage {
+    lineage(&Current)
+}
+
+/// Whose share of the reports a packet takes.
+#[inline(always)]
+pub(crate) fn lineage_of(ctx: &SkBuffContext) -> Lineage {
+    lineage(&Sender { ctx, uid: 0 })
+}
+
+#[inline(always)]
+fn lineage(task: &impl Task) -> Lineage {
+    let level = meta::level();
+    Lineage::of(task.cgroup(), |below| task.ancestor(level.saturating_add(below)).unwrap_or(0))
 }
 
 struct Maps<'a> {

@@ -86,7 +86,7 @@ fn put(dataplane: &mut Dataplane, text: &str) -> Result<Times> {
     let node_default = NodeDefault { action: NodeAction::Deny, loopback: true, dns: true };
     let context = Context::new(node_default);
     let mut selector = Selector::new(Arc::new(policies), context, UnknownWorkloads::Deny, Vec::new());
-    let layout = selector.layout(&[Node { id: 1, path: "bench".to_owned() }], None)?;
+    let layout = selector.layout(&[Node { id: 1, path: "bench".into() }], None)?;
     let compile = millis(start);
     let start = Instant::now();
     dataplane.apply(&layout, Change::Policy)?;

@@ -5,6 +5,7 @@
 //! chooses the programs by the cgroup in which a *socket* was made; what they learn of the caller is that of the *thread*.
 
 use std::{
+    collections::VecDeque,
     fmt, fs,
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, UdpSocket},
@@ -139,6 +140,12 @@ impl Actor {
         Ok(self.order(&Order { who: Who::Main, task: Task::Receive })?.parse()?)
     }
 
+    /// Receives datagrams on the UDP socket that it serves, and answers each when so many more were received; how many answers
+    /// were refused.
+    pub fn answer_behind(&mut self, count: u32, behind: u32) -> Result<u32> {
+        Ok(self.order(&Order { who: Who::Main, task: Task::Answer(count, behind) })?.parse()?)
+    }
+
     /// Makes a socket of any kind, as `socket(2)` takes it, and closes it.
     pub fn open(&mut self, domain: i32, kind: i32, protocol: i32) -> Result<Outcome> {
         self.outcome(&Order { who: Who::Main, task: Task::Open(domain, kind, protocol) })
@@ -225,6 +232,8 @@ enum Task {
     Serve(SocketAddr),
     /// The answer is the sender's address.
     Receive,
+    /// Receives so many datagrams, and answers each when so many more were received; the answer is how many were refused.
+    Answer(u32, u32),
     /// Makes a socket; the answer is 0 or the error number.
     Open(i32, i32, i32),
     /// The answer is 0 or the error number.
@@ -242,6 +251,7 @@ impl fmt::Display for Order {
             Task::Make => write!(f, "{who} make"),
             Task::Serve(at) => write!(f, "{who} serve {at}"),
             Task::Receive => write!(f, "{who} receive"),
+            Task::Answer(count, behind) => write!(f, "{who} answer {count} {behind}"),
             Task::Open(domain, kind, protocol) => write!(f, "{who} open {domain} {kind} {protocol}"),
             Task::Call(On::New, call) => write!(f, "{who} new {call}"),
             Task::Call(On::Made, call) => write!(f, "{who} made {call}"),
@@ -264,6 +274,10 @@ impl FromStr for Order {
             ("make", _) => Task::Make,
             ("serve", at) => Task::Serve(at.parse()?),
             ("receive", _) => Task::Receive,
+            ("answer", numbers) => {
+                let (count, behind) = numbers.split_once(' ').context("an answer is COUNT BEHIND")?;
+                Task::Answer(count.parse()?, behind.parse()?)
+            }
             ("open", socket) => {
                 let numbers: Vec<i32> = socket.split(' ').map(str::parse).collect::<Result<_, _>>()?;
                 let [domain, kind, protocol] = numbers[..] else { bail!("a socket is DOMAIN TYPE PROTOCOL") };
@@ -380,6 +394,10 @@ impl Cast {
                 let (_, sender) = UdpSocket::from(socket.try_clone()?).recv_from(&mut [0; 64])?;
                 Ok(sender.to_string())
             }
+            Task::Answer(count, behind) => {
+                let socket = UdpSocket::from(self.made.first().context("no socket was made")?.try_clone()?);
+                Ok(answer_behind(&socket, count, behind)?.to_string())
+            }
             Task::Open(domain, kind, protocol) => {
                 let opened = Socket::new(domain.into(), kind.into(), Some(protocol.into()));
                 Ok(opened.err().and_then(|error| error.raw_os_error()).unwrap_or(0).to_string())
@@ -414,6 +432,19 @@ impl Cast {
         }
         bail!("no socket was made");
     }
+}
+
+fn answer_behind(socket: &UdpSocket, count: u32, behind: u32) -> Result<u32> {
+    let (mut waiting, mut refused) = (VecDeque::new(), 0);
+    for _ in 0..count {
+        waiting.push_back(socket.recv_from(&mut [0; 64])?.1);
+        if waiting.len() > behind as usize {
+            let to = waiting.pop_front().context("there is more than one")?;
+            refused +=
+                u32::from(socket.send_to(b"!", to).is_err_and(|error| error.raw_os_error() == Some(libc::EPERM)));
+        }
+    }
+    Ok(refused)
 }
 
 fn make_sockets() -> std::io::Result<Vec<Socket>> {

@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Output, Stdio},
+    process::{Child, Command, ExitStatus, Output},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
     thread,
     time::{Duration, Instant},
@@ -18,7 +18,14 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{PATIENCE, bpffs::Bpffs, cgroup::Cgroup, container::Container, eventually};
+use crate::{
+    PATIENCE,
+    bpffs::Bpffs,
+    cgroup::Cgroup,
+    container::Container,
+    eventually,
+    flood::{Reports, piped},
+};
 
 /// The agent that `cargo xtask` built.
 pub fn binary() -> Result<PathBuf> {
@@ -70,6 +77,11 @@ impl Place {
         self.bpffs.path().join("egress-exec")
     }
 
+    /// Where the control socket lies.
+    pub fn run_directory(&self) -> PathBuf {
+        self.run.path().to_owned()
+    }
+
     /// Tells a command of it, whatever the command is.
     pub fn tell(&self, command: &mut Command) {
         command
@@ -82,7 +94,7 @@ impl Place {
     /// Has the agent read its policies again, and waits until that is done: the generation in force.
     pub fn reload(&self) -> Result<u64> {
         let told: Reloaded = ask(&socket(self.run.path(), &self.pins()), Request::Reload)?;
-        match told.error {
+        match told.error.or(told.pending.map(|pending| pending.reason)) {
             Some(error) => bail!("the policies are not in force: {error}"),
             None => Ok(told.generation),
         }
@@ -172,9 +184,18 @@ impl Agent {
         self.container.as_ref().context("the agent runs in no container")
     }
 
-    fn launch(mut command: Command, place: Option<Place>) -> Result<Self> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().with_context(|| format!("cannot run {}", command.get_program().display()))?;
+    /// Starts a command in a place that outlives it, and reads what it reports for what it counts of these cgroups.
+    pub fn watched(place: &Place, mut command: Command, cgroups: &[&str]) -> Result<(Self, Reports)> {
+        place.tell(&mut command);
+        let mut child = piped(command)?;
+        let log = lines(child.stderr.take().context("stderr is piped")?);
+        let reports = Reports::read(child.stdout.take().context("stdout is piped")?, cgroups);
+        let denials = channel().1;
+        Ok((Self { child, log, seen: Vec::new(), denials, _place: None, container: None }, reports))
+    }
+
+    fn launch(command: Command, place: Option<Place>) -> Result<Self> {
+        let mut child = piped(command)?;
         let log = lines(child.stderr.take().context("stderr is piped")?);
         let denials = lines(child.stdout.take().context("stdout is piped")?);
         Ok(Self { child, log, seen: Vec::new(), denials, _place: place, container: None })

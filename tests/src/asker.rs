@@ -1,8 +1,8 @@
 //! A filtered process that asks servers of DNS and connects to what they answer, and a server whose answers are in the names:
 //! the `asker` program.
 //!
-//! A name says what it has: `198-18-0-1.example.com` that address, `many-200.example.com` as many, `alias-198-18-0-1` by an
-//! alias. Names are resolved by hand, not by the C library, so that a test decides by which socket.
+//! A name says what it has: `198-18-0-1.example.com` that address, `many-200.example.com` as many, `many-200-1000.example.com` as many
+//! others, `alias-198-18-0-1` by an alias, `ttl-60-198-18-0-1` for so many seconds. Names are resolved by hand, not by the C library, so that a test decides by which socket.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Seek, Write},
@@ -475,11 +475,13 @@ pub fn response(question: &[u8]) -> Option<Vec<u8>> {
     let asked = question.get(12..end)?;
     let kind = u16::from_be_bytes([asked[asked.len() - 4], asked[asked.len() - 3]]);
     let first = String::from_utf8(asked.get(1..1 + usize::from(*asked.first()?))?.to_vec()).ok()?.to_lowercase();
+    let timed = first.strip_prefix("ttl-").and_then(|rest| rest.split_once('-'));
+    let (ttl, first) = timed.map_or(Some((1_u32, &*first)), |(ttl, rest)| Some((ttl.parse().ok()?, rest)))?;
     let record = |kind: u16, data: &[u8]| {
-        let length = u16::try_from(data.len()).unwrap_or(0);
-        [&[0xc0, 12][..], &kind.to_be_bytes(), &[0, 1, 0, 0, 0, 1], &length.to_be_bytes(), data].concat()
+        let (length, ttl) = (u16::try_from(data.len()).unwrap_or(0), ttl.to_be_bytes());
+        [&[0xc0, 12][..], &kind.to_be_bytes(), &[0, 1], &ttl, &length.to_be_bytes(), data].concat()
     };
-    let (is_alias, first) = first.strip_prefix("alias-").map_or((false, &*first), |rest| (true, rest));
+    let (is_alias, first) = first.strip_prefix("alias-").map_or((false, first), |rest| (true, rest));
     let mut records = Vec::new();
     if is_alias {
         records.push(record(CNAME, &wire("elsewhere.example.net")));
@@ -498,8 +500,10 @@ pub fn response(question: &[u8]) -> Option<Vec<u8>> {
 
 /// The addresses that the first label of a name says.
 fn told(label: &str) -> Vec<IpAddr> {
-    if let Some(count) = label.strip_prefix("many-").and_then(|count| count.parse::<u32>().ok()) {
-        let first = Ipv4Addr::new(198, 19, 0, 0).to_bits();
+    if let Some(many) = label.strip_prefix("many-") {
+        let (count, skipped) = many.split_once('-').unwrap_or((many, "0"));
+        let [count, skipped] = [count, skipped].map(|number| number.parse::<u32>().unwrap_or(0));
+        let first = Ipv4Addr::new(198, 19, 0, 0).to_bits() + skipped;
         return (0..count).map(|index| Ipv4Addr::from_bits(first + index).into()).collect();
     }
     let v4 = label.replace('-', ".").parse::<IpAddr>().ok();

@@ -36,15 +36,9 @@ impl Cgroup {
         Ok(Self { path, below })
     }
 
-    /// Makes one below this one.
-    pub fn child(&self, name: &str) -> Result<Self> {
-        let (path, below) = (self.path.join(name), format!("{}/{name}", self.below));
-        fs::create_dir(&path).with_context(|| format!("cannot create cgroup {}", path.display()))?;
-        Ok(Self { path, below })
-    }
-
-    /// Makes one below this one whose name need not be text. Its [`Cgroup::name`] is lossy.
-    pub fn child_of_bytes(&self, name: &OsStr) -> Result<Self> {
+    /// Makes one below this one; its name may be any bytes.
+    pub fn child(&self, name: impl AsRef<OsStr>) -> Result<Self> {
+        let name = name.as_ref();
         let (path, below) = (self.path.join(name), format!("{}/{}", self.below, name.to_string_lossy()));
         fs::create_dir(&path).with_context(|| format!("cannot create cgroup {}", path.display()))?;
         Ok(Self { path, below })

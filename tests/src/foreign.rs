@@ -24,6 +24,8 @@ use crate::cgroup::Cgroup;
 pub enum Hook {
     /// `BPF_CGROUP_INET_INGRESS`.
     Ingress = 0,
+    /// `BPF_CGROUP_INET_EGRESS`.
+    Egress = 1,
     /// `BPF_CGROUP_INET4_CONNECT`.
     Connect4 = 10,
     /// `BPF_CGROUP_INET6_CONNECT`.
@@ -52,7 +54,7 @@ impl Hook {
     const fn program_type(self) -> u32 {
         const CGROUP_SKB: u32 = 8;
         match self {
-            Self::Ingress => CGROUP_SKB,
+            Self::Ingress | Self::Egress => CGROUP_SKB,
             Self::Connect4 | Self::Connect6 | Self::Sendmsg4 | Self::Sendmsg6 => BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
         }
     }

@@ -324,8 +324,9 @@ pub fn workload() -> impl Strategy<Value = Workload> {
         .prop_map(|(uid, name)| UserIdentity { uid: Some(uid), name: Some(name.to_owned()) });
     let unit = Just("x.service".to_owned());
     let option = proptest::option::of::<BoxedStrategy<String>>;
-    (option(cgroup.boxed()), option(unit.boxed()), proptest::option::of(pod), proptest::option::of(user))
-        .prop_map(|(cgroup, unit, pod, user)| Workload { cgroup, unit, pod, user })
+    (option(cgroup.boxed()), option(unit.boxed()), proptest::option::of(pod), proptest::option::of(user)).prop_map(
+        |(cgroup, unit, pod, user)| Workload { cgroup: cgroup.map(Into::into), unit: unit.map(Into::into), pod, user },
+    )
 }
 
 /// A flow at or next to an edge of some prefix, and of some port.

@@ -17,6 +17,7 @@ pub mod dial;
 pub mod dnsmasq;
 pub mod escape;
 pub mod fake_kube;
+pub mod flood;
 pub mod foreign;
 pub mod fuzz_targets;
 pub mod generate;

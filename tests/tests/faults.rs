@@ -438,7 +438,7 @@ fn layout(world: &World, text: &str) -> Layout {
     let context = Context::new(node_default);
     let policies = load_text("policy.yaml", text).policies;
     let mut selector = Selector::new(policies.into(), context, UnknownWorkloads::Deny, Vec::new());
-    let path = world.cgroup.name().trim_start_matches('/').to_owned();
+    let path = world.cgroup.name().trim_start_matches('/').into();
     selector.layout(&[Node { id: world.cgroup.id().unwrap(), path }], None).unwrap()
 }
 

@@ -179,6 +179,120 @@ fn a_flood_of_names_closes_nothing_to_others() {
     .unwrap();
 }
 
+/// A policy for every cgroup directly below that of a world.
+fn write_for_all(world: &World) {
+    let select = format!("  workloads: [ {{ cgroup: '{}/*' }} ]\n", world.cgroup.name().trim_start_matches('/'));
+    fs::write(world.policies.path().join("policy.yaml"), policy(&(select + WILDCARD))).unwrap();
+    world.place.reload().unwrap();
+}
+
+/// Asks for addresses as soon as the process's cgroup is placed.
+fn ask_when_placed(asker: &mut Asker, name: &str) {
+    let server = NEAR.parse().unwrap();
+    eventually("a cgroup that is placed", || asker.ask(Transport::Tcp, server, name).ok()).unwrap();
+}
+
+/// Almost as many as a workload may have.
+fn learn_much(asker: &mut Asker) {
+    for skipped in (0..8_000).step_by(200) {
+        ask_when_placed(asker, &format!("many-200-{skipped}.example.com"));
+    }
+}
+
+#[test]
+fn a_workload_finds_room_however_much_others_have_learnt() {
+    const GREEDY: usize = 36;
+    let mut world = World::new("");
+    write_for_all(&world);
+    // All but the cgroups that go, which are dropped before.
+    let cgroup = |name: &str| ManuallyDrop::new(world.cgroup.child(name).unwrap());
+    let start = |name: &str| Asker::start(&world.near, &cgroup(name)).unwrap();
+    let mut early = start("early");
+    let mut greedy: Vec<Asker> = (0..GREEDY).map(|n| start(&format!("greedy-{n}"))).collect();
+    for asker in &mut greedy {
+        learn_much(asker);
+    }
+    let mut late = start("late");
+    let last = "198.19.3.231:443".parse().unwrap();
+    for asker in [&mut early, &mut late] {
+        for skipped in (0..1_000).step_by(200) {
+            ask_when_placed(asker, &format!("many-200-{skipped}.example.com"));
+        }
+        assert!(!asker.is_refused(last).unwrap());
+    }
+    // It is told, with a name, in the log once.
+    let is_told = || world.status()["degraded"].to_string().contains("the table of learnt names is full: /");
+    eventually("a full table that is told", || is_told().then_some(())).unwrap();
+    // Those that have much keep at least their part.
+    let learnt = world.status()["names"]["learnt"].clone();
+    let has = |workload: &serde_json::Value| workload["addresses"].as_u64().unwrap();
+    let of_greedy =
+        learnt["workloads"].as_array().unwrap().iter().filter(|at| at["cgroup"].to_string().contains("greedy"));
+    let of_greedy: Vec<u64> = of_greedy.map(has).collect();
+    assert!(of_greedy.len() == GREEDY && of_greedy.iter().all(|&has| has >= 3_000), "{of_greedy:?}");
+    assert!(learnt["addresses"].as_u64().unwrap() <= 262_144, "{learnt}");
+    drop(greedy);
+    for n in 0..GREEDY {
+        let path = world.cgroup.path().join(format!("greedy-{n}"));
+        eventually("an empty cgroup", || fs::remove_dir(&path).ok()).unwrap();
+    }
+    let addresses = || world.status()["names"]["learnt"]["addresses"].as_u64().unwrap();
+    eventually("what is gone to be forgotten", || (addresses() == 2_000).then_some(())).unwrap();
+    assert!(!early.is_refused(last).unwrap() && !late.is_refused(last).unwrap());
+    learn_much(&mut late);
+    assert!(!late.is_refused("198.19.31.63:443".parse().unwrap()).unwrap());
+    drop((early, late));
+    let log = world.agent().log().iter().filter(|line| line.contains("names are not learnt")).count();
+    assert!((1..=GREEDY + 2).contains(&log), "{log}");
+}
+
+#[test]
+fn a_workload_that_may_learn_no_more_is_told() {
+    let mut world = World::with(WILDCARD, &["--name-quota", "100"]);
+    // Some kernels lack something else.
+    let before = world.status()["degraded"].clone();
+    world.ask(Transport::Tcp, NEAR, "many-100.example.com");
+    world.ask(Transport::Tcp, NEAR, "many-100.example.com");
+    assert_eq!((world.learnt("quota"), &world.status()["degraded"]), (0, &before));
+    for _ in 0..2 {
+        world.ask(Transport::Tcp, NEAR, "many-101.example.com");
+        let (place, name) = (&world.place, world.cgroup.name());
+        let expected =
+            format!("{name} was answered names that were not learnt: it has 100 addresses and may have no more");
+        let is_told = || {
+            let (code, status) = place.status().unwrap();
+            (code == Some(1) && status["degraded"].to_string().contains(&expected)).then_some(())
+        };
+        eventually("a quota that is told", is_told).unwrap();
+        let text = place.output(&["status", "--output", "text"]).unwrap().stdout;
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.contains(&format!("degraded:  {expected}")), "{text}");
+    }
+    assert_eq!(world.agent().log().iter().filter(|line| line.contains("names are not learnt")).count(), 1);
+}
+
+#[test]
+fn a_claim_displaces_none_that_holds_longer() {
+    let rule = |n: u32| format!("{{ to: [ {{ host: '*.n{n}.example.com' }} ], ports: [ {{ port: {n} }} ] }}");
+    let rules: Vec<String> = (1..=6).map(rule).collect();
+    let mut world = World::new(&format!("  allow: [ {} ]\n", rules.join(", ")));
+    let learn = |world: &mut World, ttl: u32, n: u16| {
+        world.ask(Transport::Udp, NEAR, &format!("ttl-{ttl}-198-18-0-1.n{n}.example.com"));
+        (1..=6).filter(|&port| world.is_open("198.18.0.1", port)).collect::<Vec<u16>>()
+    };
+    for (ttl, n) in [(3_600, 1), (3_000, 2), (3_600, 3), (3_600, 4)] {
+        learn(&mut world, ttl, n);
+    }
+    assert_eq!(world.learnt("crowded"), 0);
+    // It ends before any of the four.
+    assert_eq!(learn(&mut world, 60, 5), [1, 2, 3, 4]);
+    assert_eq!(world.learnt("crowded"), 1);
+    // It ends after one of them.
+    assert_eq!(learn(&mut world, 3_300, 6), [1, 3, 4, 6]);
+    assert_eq!(world.learnt("crowded"), 2);
+    assert_eq!(learn(&mut world, 3_100, 2), [1, 3, 4, 6]);
+}
+
 /// Whoever has the port can pass for a resolver of this host.
 #[test]
 fn nobody_takes_the_port_of_a_resolver_of_this_host() {

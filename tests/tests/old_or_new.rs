@@ -78,7 +78,7 @@ impl Filter {
     fn new(pins: &Path) -> Self {
         let (cgroup, mount) = (Cgroup::new().unwrap(), cgroup::mount_point().unwrap());
         let opened = cgroup::Cgroup::open(cgroup.path(), &mount).unwrap();
-        let nodes = [Node { id: opened.id, path: cgroup.name().trim_start_matches('/').to_owned() }];
+        let nodes = [Node { id: opened.id, path: cgroup.name().trim_start_matches('/').into() }];
         let layout = |policies: PolicySet| {
             let mut selector = Selector::new(policies.into(), context(), UnknownWorkloads::Deny, Vec::new());
             selector.layout(&nodes, None).unwrap()

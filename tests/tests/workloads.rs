@@ -619,7 +619,7 @@ fn a_start_that_would_refuse_the_whole_host_needs_force() {
 #[test]
 fn removed_cgroups_are_forgotten_and_their_names_can_be_used_again() {
     let top = Cgroup::new().unwrap();
-    let cgroups: Vec<Cgroup> = (0..5).map(|number| top.child(&format!("web-{number}")).unwrap()).collect();
+    let cgroups: Vec<Cgroup> = (0..5).map(|number| top.child(format!("web-{number}")).unwrap()).collect();
     let world = World::new(top, &[policy("a", &web(&cgroups[0]))], &["--default", "Allow"]);
     let before = world.placements();
     assert_eq!(world.placed_by(&["a"]), 5);
@@ -679,7 +679,7 @@ fn cgroups_that_come_and_go_leave_nothing_behind_and_disturb_nobody() {
         }
         // More than there is room for beside the first, all there at once.
         let many: Vec<Cgroup> =
-            (0..CHURN * 2).map(|number| world.top.child(&format!("web-many-{number}")).unwrap()).collect();
+            (0..CHURN * 2).map(|number| world.top.child(format!("web-many-{number}")).unwrap()).collect();
         let all = many.len() + 1;
         eventually("all to be placed", || (world.placed_by(&["a"]) == all).then_some(())).unwrap();
         assert!(world.placements() >= all as u64);
@@ -702,7 +702,7 @@ fn more_cgroups_at_once_than_there_was_room_for_are_placed() {
     let world = World::new(top, &[policy("a", &web(&first))], &[]);
     // It finds all of them at once, and none that went.
     world.agent.as_ref().unwrap().signal(Signal::STOP).unwrap();
-    let cgroups: Vec<Cgroup> = (0..MANY).map(|number| world.top.child(&format!("web-{number}")).unwrap()).collect();
+    let cgroups: Vec<Cgroup> = (0..MANY).map(|number| world.top.child(format!("web-{number}")).unwrap()).collect();
     world.agent.as_ref().unwrap().signal(Signal::CONT).unwrap();
     let mut actor = world.actor(&cgroups[MANY - 1]);
     becomes(&mut actor, "a");
@@ -725,7 +725,7 @@ fn usage(pid: u32) -> (u64, f64) {
 fn ten_thousand_cgroups_are_placed_and_one_more_soon() {
     const MANY: usize = 10_000;
     let top = Cgroup::new().unwrap();
-    let cgroups: Vec<Cgroup> = (0..MANY).map(|number| top.child(&format!("web-{number}")).unwrap()).collect();
+    let cgroups: Vec<Cgroup> = (0..MANY).map(|number| top.child(format!("web-{number}")).unwrap()).collect();
     let start = Instant::now();
     let world = World::new(top, &[policy("a", &web(&cgroups[0]))], &[]);
     let (started, pid) = (start.elapsed(), world.agent.as_ref().unwrap().pid());
@@ -737,7 +737,7 @@ fn ten_thousand_cgroups_are_placed_and_one_more_soon() {
     let mut slowest = Duration::ZERO;
     for number in 0..10 {
         let start = Instant::now();
-        let more = world.top.child(&format!("web-more-{number}")).unwrap();
+        let more = world.top.child(format!("web-more-{number}")).unwrap();
         actor.move_to(&more).unwrap();
         while open(&mut actor) != "a" {}
         slowest = slowest.max(start.elapsed());

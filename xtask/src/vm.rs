@@ -64,10 +64,11 @@ const KERNELS: [Kernel; 4] = [
 const ORDINARY: (&str, &[&str]) = ("6.1", &["sockets", "escape"]);
 
 /// Test files that need nothing which is not in the image.
-const TESTS: [&str; 14] = [
+const TESTS: [&str; 15] = [
     "features",
     "kernel",
     "sockets",
+    "peers",
     "escape",
     "existing",
     "start",
@@ -142,7 +143,8 @@ pub fn soak(workspace: &Workspace, kernels: &[String], minutes: u64) -> Result<(
 fn soak_table(log: &Path) -> Result<String> {
     let bytes = std::fs::read(log).with_context(|| format!("cannot read {}", log.display()))?;
     let text = String::from_utf8_lossy(&bytes);
-    let lines = text.lines().skip_while(|line| !line.starts_with("=== RUN")).take_while(|line| !line.starts_with("=== EXIT"));
+    let lines =
+        text.lines().skip_while(|line| !line.starts_with("=== RUN")).take_while(|line| !line.starts_with("=== EXIT"));
     Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 

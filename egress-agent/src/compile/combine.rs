@@ -59,8 +59,22 @@ impl Combined {
 
 /// What the view of `mode` says of a workload; `None` if there is no such view.
 pub fn combine(policies: &PolicySet, workload: &Workload, context: &Context, mode: Mode) -> Option<Combined> {
-    let selecting: Vec<&EgressPolicy> =
-        policies.egress_policies.iter().filter(|policy| selects(policy, workload)).collect();
+    combine_selecting(policies, &selecting(policies, workload), workload, context, mode)
+}
+
+/// The policies that select a workload, in the order of the set.
+pub(crate) fn selecting<'p>(policies: &'p PolicySet, workload: &Workload) -> Vec<&'p EgressPolicy> {
+    policies.egress_policies.iter().filter(|policy| selects(policy, workload)).collect()
+}
+
+/// The same, where it is known which policies select the workload, of which nothing else matters then but its pod.
+pub(crate) fn combine_selecting(
+    policies: &PolicySet,
+    selecting: &[&EgressPolicy],
+    workload: &Workload,
+    context: &Context,
+    mode: Mode,
+) -> Option<Combined> {
     let enforcing: Vec<&EgressPolicy> =
         selecting.iter().copied().filter(|policy| policy.mode == Mode::Enforce).collect();
     let default = workload.pod.as_ref().and_then(|pod| pod.default).unwrap_or(context.node_default.action);
@@ -70,7 +84,7 @@ pub fn combine(policies: &PolicySet, workload: &Workload, context: &Context, mod
             NodeAction::Deny => registry_only(policies, workload, context),
             NodeAction::Allow | NodeAction::Audit => Combined::allow_any(),
         }),
-        Mode::Audit if selecting.len() > enforcing.len() => Some(united(policies, workload, context, &selecting)),
+        Mode::Audit if selecting.len() > enforcing.len() => Some(united(policies, workload, context, selecting)),
         Mode::Audit => {
             (enforcing.is_empty() && default == NodeAction::Audit).then(|| registry_only(policies, workload, context))
         }

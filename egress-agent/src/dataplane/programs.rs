@@ -165,7 +165,7 @@ pub(super) fn ask_cookie(ebpf: &mut Ebpf, own: &Cgroup) -> Result<u64, Dataplane
 }
 
 /// `enum bpf_attach_type` of `linux/bpf.h`.
-const fn attach_type(hook: Hook) -> u32 {
+pub(super) const fn attach_type(hook: Hook) -> u32 {
     match hook {
         Hook::Ingress => 0,
         Hook::Egress | Hook::Query => 1,

@@ -12,14 +12,14 @@ use std::{
 use rustix::{
     io::Errno,
     net::{AddressFamily, sockopt::socket_domain},
-    process::{Gid, Resource, Rlimit, Uid, setrlimit},
+    process::{Gid, Uid},
     thread::{
         CapabilitySet, CapabilitySets, capabilities, remove_capability_from_bounding_set, set_capabilities,
         set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
     },
 };
 
-use super::{ExecError, user::RunAs};
+use super::{ExecError, Limits, user::RunAs};
 
 /// What to run, and as whom.
 pub(super) struct Command<'a> {
@@ -29,8 +29,8 @@ pub(super) struct Command<'a> {
     pub(super) user: Option<&'a RunAs>,
     /// Capabilities that it is not given.
     pub(super) dropped: CapabilitySet,
-    /// The limit that this process may have lifted for itself.
-    pub(super) locked_memory: Rlimit,
+    /// What this process may have raised for itself.
+    pub(super) limits: &'a Limits,
 }
 
 /// What is done between fork and exec. Its failures are told from those of exec by the number of the step, which stands
@@ -56,7 +56,7 @@ impl Step {
     const fn text(self) -> &'static str {
         match self {
             Self::Join => "join the cgroup",
-            Self::Limit => "set the limit of locked memory",
+            Self::Limit => "set the limits of the command",
             Self::Groups => "set the groups of the user",
             Self::Group => "become the group of the user",
             Self::User => "become the user",
@@ -95,11 +95,11 @@ impl Command<'_> {
         if let Some(user) = self.user {
             command.envs(user.environment());
         }
-        let (user, dropped, limit) = (self.user.map(Identity::new), self.dropped, self.locked_memory);
+        let (user, dropped, limits) = (self.user.map(Identity::new), self.dropped, self.limits.clone());
         let enter = move || {
             // While it is still root, which the cgroup takes. It is this very process that goes on as the command.
             rustix::io::write(&procs, b"0").map_err(|errno| Step::Join.failed(errno))?;
-            setrlimit(Resource::Memlock, limit).map_err(|errno| Step::Limit.failed(errno))?;
+            limits.set().map_err(|errno| Step::Limit.failed(errno))?;
             give_up(dropped)?;
             user.as_ref().map_or(Ok(()), Identity::assume)
         };

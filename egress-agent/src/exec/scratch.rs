@@ -143,7 +143,7 @@ fn cgroups(pins: &Path, mount: &Path, paths: &mut CgroupPaths) -> Option<Vec<Pat
         let is_it = |path: &PathBuf| path.file_name() == pins.file_name() && is_roots(path).unwrap_or(false);
         return Some(directories(mount).filter(is_it).collect());
     }
-    ids.into_iter().map(|id| paths.path(id, None).map(|path| mount.join(cgroup::below(path)))).collect()
+    ids.into_iter().map(|id| paths.path(id).map(|path| mount.join(cgroup::below(path)))).collect()
 }
 
 /// Makes a cgroup below this process's own, so that whoever filters that judges the command too; where that cannot be,

@@ -11,9 +11,11 @@ use serde::Serialize;
 
 use crate::{
     compile::Names,
+    dataplane::others::Other,
     events::Connection,
     explain::{Destination, Explainer},
     policy::{L4, RuleName},
+    text::printable,
 };
 
 /// Most destinations that are told apart.
@@ -55,6 +57,8 @@ pub struct Summary {
     /// Documents that would allow all of it that documents can.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to_allow: Option<String>,
+    /// Other filters of ours that judge the command, too.
+    pub filters: Vec<Other>,
 }
 
 /// A destination that was refused, or would have been.
@@ -123,7 +127,7 @@ impl Tally {
             destinations.iter().filter_map(|refused| refused.to_allow(explainer?)).collect();
         let documents: Vec<String> = documents.into_iter().collect();
         let to_allow = (!documents.is_empty()).then(|| documents.join("---\n"));
-        Summary { destinations, others: self.others, to_allow }
+        Summary { destinations, others: self.others, to_allow, filters: Vec::new() }
     }
 }
 
@@ -158,12 +162,12 @@ impl fmt::Display for Summary {
                 None => write!(f, "{}", refused.reason)?,
             }
             match &refused.host {
-                Some(host) if is_question(refused.reason) => write!(f, ", asked for {host}")?,
-                Some(host) => write!(f, " ({host})")?,
+                Some(host) if is_question(refused.reason) => write!(f, ", asked for {}", printable(host))?,
+                Some(host) => write!(f, " ({})", printable(host))?,
                 None => {}
             }
             match &refused.rule {
-                Some(rule) => writeln!(f, " by {rule}")?,
+                Some(rule) => writeln!(f, " by {}", printable(&rule.to_string()))?,
                 None => writeln!(f)?,
             }
         }

@@ -2,8 +2,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::Entry},
+    ffi::OsString,
     io::{self, BufRead, Read as _, Write},
     net::{IpAddr, SocketAddr, ToSocketAddrs},
+    path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +17,7 @@ use crate::{
     cli::Output,
     compile::{Context, Names},
     policy::{L4, PolicySet},
+    text,
     users::Users,
     workload::{Pod, ScopeKey, Workload},
 };
@@ -145,8 +148,8 @@ pub struct Who {
 impl Who {
     /// The workload that is described.
     pub fn workload(&self, users: &Users) -> Workload {
-        let cgroup = self.cgroup.as_ref().map(|path| path.trim_matches('/').to_owned());
-        let unit = || cgroup.as_deref().and_then(|path| cgroup::unit(path.as_ref())).map(str::to_owned);
+        let cgroup = self.cgroup.as_ref().map(|path| PathBuf::from(path.trim_matches('/')));
+        let unit = || cgroup.as_deref().and_then(cgroup::unit).map(ToOwned::to_owned);
         let pod = |namespace: &String| Pod {
             namespace: namespace.clone(),
             labels: self.labels.clone(),
@@ -154,7 +157,7 @@ impl Who {
             default: None,
         };
         Workload {
-            unit: self.unit.clone().or_else(unit),
+            unit: self.unit.clone().map(OsString::from).or_else(unit),
             pod: self.namespace.as_ref().map(pod),
             user: self.user.as_deref().map(|user| users.identity(user)),
             cgroup,
@@ -326,7 +329,7 @@ impl Scopes<'_> {
 }
 
 fn line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, value)?;
+    text::to_json(&mut *out, value)?;
     out.write_all(b"\n")
 }
 

@@ -521,7 +521,7 @@ mod tests {
             let pods = store.snapshot().pods;
             assert!(pods.is_any_refused());
             assert_eq!(store.report().rejected.len(), 1);
-            namespaces.map(|(name, _)| match pods.place(&format!("kubepods/pod{name}-uid")) {
+            namespaces.map(|(name, _)| match pods.place(format!("kubepods/pod{name}-uid").as_ref()) {
                 Place::Pod(member) => member.pod.default,
                 _ => panic!("{name} is not known"),
             })
@@ -534,7 +534,8 @@ mod tests {
     fn a_pod_is_known_once_its_namespace_is() {
         let mut store = Store::new(Settings::example());
         store.apply_pod(&pod("new"));
-        let is_known = |store: &Store| matches!(store.snapshot().pods.place("kubepods/podnew-uid"), Place::Pod(_));
+        let is_known =
+            |store: &Store| matches!(store.snapshot().pods.place("kubepods/podnew-uid".as_ref()), Place::Pod(_));
         assert!(!is_known(&store));
         let before = store.revisions().pods;
         store.apply_namespace(&namespace("new", None));

@@ -4,6 +4,7 @@
 //! that could move the cursor or turn text around.
 
 use std::{
+    borrow::Cow,
     fmt::{self, Write as _},
     path::Path,
     sync::Arc,
@@ -16,6 +17,8 @@ use super::{
     code::Code,
     yaml::{Span, lines},
 };
+pub use crate::text::printable;
+use crate::text::{is_treacherous, printable_bytes};
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -112,27 +115,27 @@ impl Serialize for Finding {
         struct Shape<'a> {
             code: Code,
             severity: Severity,
-            message: &'a str,
+            message: Cow<'a, str>,
             file: String,
             #[serde(skip_serializing_if = "Option::is_none")]
             line: Option<u32>,
             #[serde(skip_serializing_if = "Option::is_none")]
             column: Option<u32>,
             #[serde(skip_serializing_if = "str::is_empty")]
-            path: &'a str,
+            path: Cow<'a, str>,
             #[serde(skip_serializing_if = "Option::is_none")]
-            help: Option<&'a str>,
+            help: Option<Cow<'a, str>>,
         }
         let known = |number| Some(number).filter(|&number| number != 0);
         Shape {
             code: self.code,
             severity: self.severity,
-            message: &self.message,
-            file: printable(&self.file.to_string_lossy()),
+            message: printable(&self.message),
+            file: printable_bytes(&*self.file),
             line: known(self.line),
             column: known(self.column),
-            path: &self.path,
-            help: self.help.as_deref(),
+            path: printable(&self.path),
+            help: self.help.as_deref().map(printable),
         }
         .serialize(serializer)
     }
@@ -148,26 +151,6 @@ pub fn shortened(text: &str, longest: usize) -> String {
     let shown: String = text.chars().take(longest).collect();
     let more = if shown.len() < text.len() { "…" } else { "" };
     format!("{}{more}", printable(&shown))
-}
-
-/// The text with everything a terminal would obey or hide written as `\u{…}`.
-pub fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if is_treacherous(c) {
-            out.extend(c.escape_unicode());
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
-
-/// Control characters, and those that reorder or hide the text around them.
-fn is_treacherous(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')
-        || matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
 /// Colors of a terminal, or none.
@@ -198,7 +181,7 @@ impl Rendering<'_> {
         writeln!(out, "{}{}", self.strong(&head), self.bold(&format!(": {}", printable(message))))?;
         let width = if *line == 0 { 1 } else { line.to_string().len() };
         let place = if *line == 0 { String::new() } else { format!(":{line}:{column}") };
-        writeln!(out, "{:width$}{} {}{place}", "", self.blue("-->"), printable(&file.to_string_lossy()))?;
+        writeln!(out, "{:width$}{} {}{place}", "", self.blue("-->"), printable_bytes(&**file))?;
         self.print_line(&mut out, width, source)?;
         let note = format!("{:width$} {}", "", self.blue("="));
         if let Some((position, what)) = related {

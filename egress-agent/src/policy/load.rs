@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::{OsStr, OsString},
-    io,
+    fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -15,7 +15,7 @@ use super::{
     Kind, ObjectName, PolicySet, Position,
     code::Code,
     decode::Decoder,
-    diagnostic::{Finding, Severity, quoted},
+    diagnostic::{Finding, Severity, printable, quoted},
     egress_policy,
     object::{Role, role},
     path::FieldPath,
@@ -35,7 +35,7 @@ pub const MAX_TOTAL: u64 = 256 << 20;
 pub struct LoadOptions {
     /// Refuse files that others than root can write or replace, as the daemon must.
     pub require_root_owned: bool,
-    /// The files are followed: read only regular files, and none that is open for writing.
+    /// The files are followed: read only regular files, and none that is open for writing and was changed a moment ago.
     pub follow: bool,
 }
 
@@ -83,6 +83,58 @@ pub struct Loaded {
     pub documents: usize,
     /// The text of each file that has findings, for underlining.
     pub sources: HashMap<Arc<Path>, Arc<str>>,
+    /// How many documents each file has that was read, or is as it was before.
+    pub known: BTreeMap<Arc<Path>, usize>,
+    /// Files that are being written, and so were not read.
+    pub unfinished: Vec<Unfinished>,
+}
+
+/// A file that is being written, and so was not read.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Unfinished {
+    /// The file.
+    pub path: Arc<Path>,
+    /// Whether what it said before still counts; otherwise it is left out.
+    pub is_kept: bool,
+}
+
+impl fmt::Display for Unfinished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.to_string_lossy();
+        let file = printable(&path);
+        let meanwhile = if self.is_kept { "its content before stays in force" } else { "it is left out" };
+        write!(f, "{file} is open for writing: until it is closed, {meanwhile}")
+    }
+}
+
+/// What becomes of files that are being written.
+#[derive(Debug, Clone, Copy)]
+pub struct Before<'a> {
+    /// What counts of files that were read before.
+    pub policies: &'a PolicySet,
+    /// Those, each with how many documents it has.
+    pub known: &'a BTreeMap<Arc<Path>, usize>,
+    /// Others are left out; otherwise nothing is read.
+    pub leaves_out: bool,
+}
+
+/// What is on disk, as far as it can be told without reading.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Fingerprint(BTreeMap<PathBuf, files::Stamp>);
+
+impl Fingerprint {
+    /// Of the files that the paths stand for, the directories that hold them, and single files beside.
+    pub fn new(paths: &[PathBuf], beside: &[PathBuf]) -> Self {
+        let beside = beside.iter().map(|path| (path.clone(), files::Stamp::of(path)));
+        Self(files::stamps(paths).into_iter().chain(beside).collect())
+    }
+
+    /// The first path at which this and another differ, leaving out files that are being written.
+    pub fn difference(&self, other: &Self, without: &[Unfinished]) -> Option<PathBuf> {
+        let paths: BTreeSet<&PathBuf> = self.0.keys().chain(other.0.keys()).collect();
+        let is_unfinished = |path: &PathBuf| without.iter().any(|file| *file.path == **path);
+        paths.into_iter().find(|path| self.0.get(*path) != other.0.get(*path) && !is_unfinished(path)).cloned()
+    }
 }
 
 impl Loaded {
@@ -150,6 +202,11 @@ impl Watched {
 
 /// Reads files and directories. Order and overlap of the paths do not matter.
 pub fn load(paths: &[PathBuf], options: &LoadOptions) -> Result<Loaded, LoadError> {
+    load_after(paths, options, Before { policies: &PolicySet::default(), known: &BTreeMap::new(), leaves_out: false })
+}
+
+/// The same where files were read before: of one that is being written, that counts which it said then.
+pub fn load_after(paths: &[PathBuf], options: &LoadOptions, before: Before<'_>) -> Result<Loaded, LoadError> {
     if paths.is_empty() {
         return Err(LoadError::NoPath);
     }
@@ -163,11 +220,16 @@ pub fn load(paths: &[PathBuf], options: &LoadOptions) -> Result<Loaded, LoadErro
                 loader.files += 1;
                 loader.findings.push(Finding::about_file(code, &file, message).with_help(help));
             }
-            Err(files::ReadError::BeingWritten) => return Err(LoadError::BeingWritten { path: found.path }),
+            Err(files::ReadError::BeingWritten) => loader.unfinished(&file, before)?,
             Err(files::ReadError::Named(cause)) => return Err(LoadError::Unreadable { path: found.path, cause }),
         }
     }
     Ok(loader.finish())
+}
+
+/// Whether a file is being written, and not to be read yet.
+pub fn is_unfinished(path: &Path) -> bool {
+    files::is_unfinished(path)
 }
 
 /// Reads one text as if it were a file, for whoever has no file.
@@ -214,10 +276,62 @@ struct Loader {
     files: usize,
     documents: usize,
     sources: HashMap<Arc<Path>, Arc<str>>,
+    known: BTreeMap<Arc<Path>, usize>,
+    unfinished: Vec<Unfinished>,
 }
 
 impl Loader {
     fn read(&mut self, file: &Arc<Path>, bytes: &[u8]) {
+        let before = self.documents;
+        self.read_text(file, bytes);
+        self.known.insert(Arc::clone(file), self.documents - before);
+    }
+
+    /// A file that is being written: what it said before counts, if that is known.
+    fn unfinished(&mut self, file: &Arc<Path>, before: Before<'_>) -> Result<(), LoadError> {
+        let known = before.known.get(file);
+        if known.is_none() && !before.leaves_out {
+            return Err(LoadError::BeingWritten { path: file.to_path_buf() });
+        }
+        if let Some(&documents) = known {
+            self.documents += documents;
+            self.known.insert(Arc::clone(file), documents);
+            self.keep(file, before.policies);
+        }
+        self.unfinished.push(Unfinished { path: Arc::clone(file), is_kept: known.is_some() });
+        Ok(())
+    }
+
+    /// Takes over what a file said before.
+    fn keep(&mut self, file: &Arc<Path>, before: &PolicySet) {
+        let PolicySet { service_entries, egress_policies, .. } = before;
+        for entry in service_entries.iter().filter(|entry| entry.at.file == *file) {
+            if self.is_still_new(&entry.object, &entry.at) {
+                self.policies.service_entries.push(entry.clone());
+            }
+        }
+        for policy in egress_policies.iter().filter(|policy| policy.at.file == *file) {
+            if self.is_still_new(&policy.object, &policy.at) {
+                self.policies.egress_policies.push(policy.clone());
+            }
+        }
+    }
+
+    /// As [`Self::is_new`] for a document of a file that is being written: it may have come to another file meanwhile.
+    fn is_still_new(&mut self, object: &ObjectName, at: &Position) -> bool {
+        let Some(first) = self.names.get(object) else {
+            self.names.insert(object.clone(), at.clone());
+            return true;
+        };
+        let message = format!("{} exists already, at {first}", quoted(&object.to_string()));
+        let span = Span { line: at.line, column: at.column, length: 0 };
+        let finding = Finding::at(Code::DuplicateObject, &at.file, span, message)
+            .with_help("the file is open for writing: close it, so that it is read");
+        self.findings.push(Finding { related: Some((first.clone(), "first here")), ..finding });
+        false
+    }
+
+    fn read_text(&mut self, file: &Arc<Path>, bytes: &[u8]) {
         self.files += 1;
         let text = match std::str::from_utf8(bytes) {
             Ok(text) => text,
@@ -297,10 +411,10 @@ impl Loader {
     }
 
     fn finish(self) -> Loaded {
-        let Self { mut policies, findings, files, documents, sources, .. } = self;
+        let Self { mut policies, findings, files, documents, sources, known, unfinished, .. } = self;
         policies.service_entries.sort_by(|a, b| a.object.cmp(&b.object));
         policies.egress_policies.sort_by(|a, b| a.object.cmp(&b.object));
-        Loaded { policies, findings, files, documents, sources }
+        Loaded { policies, findings, files, documents, sources, known, unfinished }
     }
 }
 
@@ -313,4 +427,109 @@ fn not_utf8(file: &Arc<Path>, bytes: &[u8], valid: usize) -> Finding {
     let span = super::yaml::end_of(before.strip_prefix('\u{feff}').unwrap_or(&before));
     Finding::at(Code::NotUtf8, file, span, format!("the byte 0x{:02X} is not UTF-8 text", bytes[valid]))
         .with_help("convert the file to UTF-8, for example with iconv")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, fs::File, io::Write};
+
+    use super::*;
+
+    const FOLLOW: LoadOptions = LoadOptions { require_root_owned: false, follow: true };
+
+    fn entry(name: &str, address: &str) -> String {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{ name: {name} }}\n\
+             spec: {{ hosts: [a.example.com], addresses: [{address}], ports: [{{ number: 80, name: http }}] }}\n"
+        )
+    }
+
+    struct Files(tempfile::TempDir);
+
+    impl Files {
+        fn new() -> Self {
+            let files = Self(tempfile::tempdir().unwrap());
+            fs::write(files.path("a.yaml"), entry("first", "192.0.2.1")).unwrap();
+            fs::write(files.path("b.yaml"), entry("second", "192.0.2.2")).unwrap();
+            files
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        fn open(&self, name: &str) -> File {
+            let mut file = File::create(self.path(name)).unwrap();
+            file.write_all(b"half of").unwrap();
+            file
+        }
+
+        fn load(&self, before: &Loaded, leaves_out: bool) -> Result<Loaded, LoadError> {
+            let before = Before { policies: &before.policies, known: &before.known, leaves_out };
+            load_after(&[self.0.path().to_owned()], &FOLLOW, before)
+        }
+    }
+
+    fn names(loaded: &Loaded) -> Vec<String> {
+        loaded.policies.service_entries.iter().map(|entry| entry.object.name.to_string()).collect()
+    }
+
+    #[test]
+    fn what_a_file_said_before_counts_while_it_is_written() {
+        let files = Files::new();
+        let before = files.load(&Loaded::default(), false).unwrap();
+        let open = files.open("a.yaml");
+        fs::write(files.path("b.yaml"), entry("third", "192.0.2.3")).unwrap();
+        let during = files.load(&before, false).unwrap();
+        assert_eq!((names(&during), during.documents), (vec!["first".to_owned(), "third".to_owned()], 2));
+        assert!(during.unfinished.len() == 1 && during.unfinished[0].is_kept, "{:?}", during.unfinished);
+        // As long as it takes.
+        assert_eq!(names(&files.load(&during, false).unwrap()), names(&during));
+        drop(open);
+        assert!(files.load(&during, false).unwrap().has_errors());
+    }
+
+    #[test]
+    fn a_new_file_holds_the_others_back_or_is_left_out() {
+        let files = Files::new();
+        let before = files.load(&Loaded::default(), false).unwrap();
+        let _open = files.open("c.yaml");
+        let held = files.load(&before, false).unwrap_err();
+        assert!(matches!(&held, LoadError::BeingWritten { path } if path.ends_with("c.yaml")), "{held}");
+        let left_out = files.load(&before, true).unwrap();
+        assert_eq!(names(&left_out), ["first", "second"]);
+        assert!(!left_out.unfinished[0].is_kept);
+    }
+
+    #[test]
+    fn a_document_that_came_to_another_file_meanwhile_is_an_error() {
+        for other in ["0.yaml", "z.yaml"] {
+            let files = Files::new();
+            let before = files.load(&Loaded::default(), false).unwrap();
+            let _open = files.open("a.yaml");
+            fs::write(files.path(other), entry("first", "192.0.2.3")).unwrap();
+            let codes: Vec<Code> =
+                files.load(&before, false).unwrap().findings.iter().map(|found| found.code).collect();
+            assert_eq!(codes, [Code::DuplicateObject], "{other}");
+        }
+    }
+
+    #[test]
+    fn a_fingerprint_tells_what_changed() {
+        let files = Files::new();
+        let print = || Fingerprint::new(&[files.0.path().to_owned()], &[]);
+        let before = print();
+        assert_eq!(print().difference(&before, &[]), None);
+        fs::write(files.path("ignored"), "x").unwrap();
+        assert_eq!(print().difference(&before, &[]), None);
+        fs::write(files.path("b.yaml"), "longer than before").unwrap();
+        assert_eq!(print().difference(&before, &[]), Some(files.path("b.yaml")));
+        let unfinished = [Unfinished { path: files.path("b.yaml").into(), is_kept: true }];
+        assert_eq!(print().difference(&before, &unfinished), None);
+        fs::remove_file(files.path("a.yaml")).unwrap();
+        assert_eq!(print().difference(&before, &unfinished), Some(files.path("a.yaml")));
+        fs::remove_dir_all(files.0.path()).unwrap();
+        assert!(print().difference(&before, &[]).is_some());
+        fs::create_dir(files.0.path()).unwrap();
+    }
 }

@@ -111,7 +111,11 @@ impl<'a> Workers<'a> {
     }
 
     /// Is refused some hundred times beside the floods, and expects that each is reported in time.
-    fn be_neighbour(self, mut dialer: Dialer, heard: &std::sync::mpsc::Receiver<super::supervisor::Heard>) -> Result<()> {
+    fn be_neighbour(
+        self,
+        mut dialer: Dialer,
+        heard: &std::sync::mpsc::Receiver<super::supervisor::Heard>,
+    ) -> Result<()> {
         let worker = self.stage.worker();
         while worker.goes_on() {
             self.supervisor.undisturbed(|| self.one_round(&mut dialer, heard))?;
@@ -120,11 +124,7 @@ impl<'a> Workers<'a> {
         Ok(())
     }
 
-    fn one_round(
-        self,
-        dialer: &mut Dialer,
-        heard: &std::sync::mpsc::Receiver<super::supervisor::Heard>,
-    ) -> Result<()> {
+    fn one_round(self, dialer: &mut Dialer, heard: &std::sync::mpsc::Receiver<super::supervisor::Heard>) -> Result<()> {
         heard.try_iter().for_each(drop);
         for port in 0..ROUND {
             ensure!(dialer.is_refused(&call(Method::UdpConnect, 4000 + port)?)?, "a refused destination is open");
@@ -149,10 +149,10 @@ impl<'a> Workers<'a> {
         while worker.goes_on() {
             number += 1;
             let mut name = format!("job-{}", number % 50).into_bytes();
-            if number % 3 == 0 {
+            if number.is_multiple_of(3) {
                 name.extend(b"\xff\x1b[31m");
             }
-            let cgroup = self.site.churn.child_of_bytes(OsStr::from_bytes(&name))?;
+            let cgroup = self.site.churn.child(OsStr::from_bytes(&name))?;
             let mut dialer = self.dialer(&cgroup)?;
             ensure!(dialer.is_refused(&call(Method::TcpConnect, 80)?)?, "a refused destination is open");
         }
@@ -164,10 +164,10 @@ impl<'a> Workers<'a> {
     fn churn_policies(self) -> Result<()> {
         let worker = self.stage.worker();
         let file = |number: u64| self.site.world.policies.path().join(format!("churn-{}.yaml", number % 20));
-        let mut number = 0;
+        let mut number = 0_u64;
         while worker.goes_on() {
             number += 1;
-            if number % 3 == 0 {
+            if number.is_multiple_of(3) {
                 // The first ones are not there yet.
                 let _ = fs::remove_file(file(number / 3));
             } else {
@@ -223,7 +223,7 @@ fn call(method: Method, port: u16) -> Result<Call> {
 }
 
 fn policy(number: u64) -> String {
-    let mode = if number % 2 == 0 { "Audit" } else { "Enforce" };
+    let mode = if number.is_multiple_of(2) { "Audit" } else { "Enforce" };
     format!(
         "apiVersion: egress.filter/v1alpha1\nkind: EgressPolicy\nmetadata: {{ name: churn-{} }}\n\
          spec: {{ workloads: [{{ cgroup: '**/job-{}' }}], mode: {mode}, deny: [{{ to: [{{ cidr: 203.0.113.{} }}] }}] }}\n",

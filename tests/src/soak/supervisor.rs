@@ -134,12 +134,15 @@ impl Supervisor {
     fn account(&self, place: &Place) -> Result<Account> {
         let (_, status) = place.status()?;
         let number = |pointer: &str| {
-            status.pointer(pointer).and_then(serde_json::Value::as_u64).with_context(|| format!("no {pointer} in status"))
+            status
+                .pointer(pointer)
+                .and_then(serde_json::Value::as_u64)
+                .with_context(|| format!("no {pointer} in status"))
         };
         let refused = number("/counters/deny")? + number("/counters/would_deny")?;
         let lost = number("/counters/events_lost")?;
         // Reports that the agent before left unread are lines of this one, and were refusals of that one.
-        let inherited = number("/reports/inherited").unwrap_or(0);
+        let inherited = number("/reports/inherited")?;
         let read = self.shared.reports.load(Ordering::SeqCst).saturating_sub(inherited);
         Ok(Account { refused, read, lost, missing: refused.saturating_sub(read + lost) })
     }

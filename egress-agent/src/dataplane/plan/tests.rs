@@ -150,7 +150,7 @@ fn layout(scopes: Vec<AnyScope>, placed: BTreeMap<u64, (u8, u8)>) -> Layout {
             .filter(|_| index > 0)
             .map(|(uid, index)| (uid, of_users[index.index(of_users.len())]))
             .collect(),
-        policies: Vec::new(),
+        policies: [].into(),
         terminates: false,
     });
     let elsewhere = placements.get(&1).map(|placement| placement.below);

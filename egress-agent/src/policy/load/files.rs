@@ -1,19 +1,68 @@
 //! Which files there are, and their bytes.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     ffi::OsString,
     fs::{self, File, Metadata},
     io::{self, Read as _},
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Component, Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use super::{LoadError, LoadOptions, MAX_FILE, MAX_TOTAL, Watched};
-use crate::policy::{code::Code, diagnostic::printable};
+use crate::{policy::code::Code, text::printable_bytes};
 
 /// Most symbolic links on the way to a file, as in Linux.
 const MAX_LINKS: usize = 40;
+
+/// What tells that a file or directory is another, or was changed, without reading it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    /// Of a file, or of a directory, of which matters only which it is: its files have stamps of their own.
+    fn new(metadata: &Metadata) -> Self {
+        let (device, inode) = (metadata.dev(), metadata.ino());
+        if metadata.is_dir() {
+            return Self { device, inode, ..Self::default() };
+        }
+        let modified = (metadata.mtime(), metadata.mtime_nsec());
+        let changed = (metadata.ctime(), metadata.ctime_nsec());
+        Self { device, inode, size: metadata.size(), modified, changed }
+    }
+
+    /// Of what is there, or of nothing.
+    pub(super) fn of(path: &Path) -> Self {
+        fs::metadata(path).map_or(Self::default(), |metadata| Self::new(&metadata))
+    }
+}
+
+/// For how long a file that is open for writing must have been left alone to be read as it stands.
+const SETTLED: Duration = Duration::from_secs(5);
+
+/// Whether a file that is open for writing says what it is to say, as far as can be told: it has not changed for a while. One
+/// that is empty was only just begun, however long ago.
+fn is_settled(metadata: &Metadata) -> bool {
+    let (seconds, nanos) = (metadata.ctime(), metadata.ctime_nsec());
+    let since_epoch = u64::try_from(seconds).ok().zip(u32::try_from(nanos).ok());
+    let changed = since_epoch.map(|(seconds, nanos)| SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos));
+    // A time that is yet to come tells nothing.
+    let age = changed.and_then(|changed| changed.elapsed().ok());
+    metadata.len() > 0 && age.is_some_and(|age| age >= SETTLED)
+}
+
+/// Whether a file is being written, and not to be read yet. One that cannot be opened tells nothing, and that is told by
+/// reading it.
+pub(super) fn is_unfinished(path: &Path) -> bool {
+    File::open(path).is_ok_and(|file| is_being_written(&file) && !file.metadata().is_ok_and(|meta| is_settled(&meta)))
+}
 
 /// A file to read.
 pub(super) struct Found {
@@ -37,7 +86,7 @@ pub(super) enum ReadError {
     Finding(Code, String, &'static str),
     /// A file the user named cannot be read.
     Named(io::Error),
-    /// It is open for writing, so it may be half written.
+    /// It is open for writing, and was changed a moment ago: it may be half written.
     BeingWritten,
 }
 
@@ -61,31 +110,51 @@ fn is_being_written(file: &File) -> bool {
 
 /// The files that the paths stand for, each once, in a fixed order, and what they depend on.
 pub(super) fn find(paths: &[PathBuf], watched: &mut Watched) -> Result<Vec<Found>, LoadError> {
-    let mut search = Search { watched, seen: HashSet::new(), found: Vec::new() };
+    search(paths, &mut Search { watched: Some(watched), ..Search::default() })
+}
+
+/// The stamps of the files that the paths stand for, and of the directories that hold them.
+pub(super) fn stamps(paths: &[PathBuf]) -> BTreeMap<PathBuf, Stamp> {
+    let mut stamping = Search::default();
+    // What cannot be found has the stamp of nothing; reading it gives the error.
+    let _ = search(paths, &mut stamping);
+    stamping.stamps
+}
+
+fn search(paths: &[PathBuf], search: &mut Search<'_>) -> Result<Vec<Found>, LoadError> {
     let mut paths = paths.to_vec();
     paths.sort();
     for path in paths {
-        search.path(&path, true).map_err(|cause| LoadError::Unreadable { path, cause })?;
+        search.path(&path, true).map_err(|cause| {
+            search.stamps.insert(path.clone(), Stamp::default());
+            LoadError::Unreadable { path, cause }
+        })?;
     }
-    Ok(search.found)
+    Ok(std::mem::take(&mut search.found))
 }
 
+#[derive(Default)]
 struct Search<'a> {
-    watched: &'a mut Watched,
+    /// Where it is noted what the files depend on, if anybody wants to know.
+    watched: Option<&'a mut Watched>,
     /// Device and inode of all that was visited, so that links end and nothing is read twice.
     seen: HashSet<(u64, u64)>,
+    stamps: BTreeMap<PathBuf, Stamp>,
     found: Vec<Found>,
 }
 
 impl Search<'_> {
     fn path(&mut self, path: &Path, named: bool) -> io::Result<()> {
-        for (directory, name) in places_of(path) {
-            self.watched.add_name(directory, name);
+        if let Some(watched) = &mut self.watched {
+            for (directory, name) in places_of(path) {
+                watched.add_name(directory, name);
+            }
         }
         let metadata = fs::metadata(path)?;
         if !self.seen.insert((metadata.dev(), metadata.ino())) {
             return Ok(());
         }
+        self.stamps.insert(path.to_owned(), Stamp::new(&metadata));
         if metadata.is_dir() {
             return self.directory(path);
         }
@@ -94,18 +163,21 @@ impl Search<'_> {
     }
 
     fn directory(&mut self, directory: &Path) -> io::Result<()> {
-        self.watched.add_all(fs::canonicalize(directory)?);
+        if let Some(watched) = &mut self.watched {
+            watched.add_all(fs::canonicalize(directory)?);
+        }
         let names: io::Result<Vec<OsString>> = fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect();
         let mut names = names?;
         names.sort();
         for name in names {
             let path = directory.join(&name);
             let is_hidden = name.as_encoded_bytes().starts_with(b".");
-            let is_directory = fs::metadata(&path).is_ok_and(|metadata| metadata.is_dir());
-            if is_hidden || !(is_directory || has_policy_extension(&path)) {
+            let is_directory = || fs::metadata(&path).is_ok_and(|metadata| metadata.is_dir());
+            if is_hidden || !(has_policy_extension(&path) || is_directory()) {
                 continue;
             }
             if let Err(error) = self.path(&path, false) {
+                self.stamps.insert(path.clone(), Stamp::default());
                 self.found.push(Found { path, named: false, error: Some(error) });
             }
         }
@@ -178,11 +250,12 @@ pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> 
         return Err(ReadError::Finding(Code::Unreadable, message, "policy directories hold files and directories"));
     }
     let file = File::open(&found.path).map_err(failed)?;
-    if options.follow && is_being_written(&file) {
+    let metadata = file.metadata().map_err(failed)?;
+    if options.follow && is_being_written(&file) && !is_settled(&metadata) {
         return Err(ReadError::BeingWritten);
     }
     if options.require_root_owned {
-        only_root_writes(found, &file.metadata().map_err(failed)?).map_err(failed)??;
+        only_root_writes(found, &metadata).map_err(failed)??;
     }
     let mut bytes = Vec::new();
     let most = MAX_FILE.min(*left);
@@ -221,7 +294,7 @@ fn only_root_writes(found: &Found, file: &Metadata) -> io::Result<Result<(), Rea
 }
 
 fn unsafe_owner(path: &Path) -> ReadError {
-    let message = format!("others than root can change {}", printable(&path.to_string_lossy()));
+    let message = format!("others than root can change {}", printable_bytes(path));
     ReadError::Finding(Code::UnsafeOwner, message, "chown root:root, and chmod go-w")
 }
 
