@@ -31,6 +31,9 @@ use crate::{
 /// How often the cgroup is looked after, beside the notice of changes.
 pub(crate) const LOOK_AFTER: Duration = Duration::from_secs(1);
 
+/// How often all cgroups are looked at again where some cannot be watched.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
 /// How often what was learnt of names, and holds no longer, is removed.
 const SWEEP: Duration = Duration::from_secs(10);
 
@@ -49,6 +52,8 @@ pub(crate) struct Enforcement {
     hierarchy: Hierarchy,
     /// Some cgroups that came could not be looked at.
     is_behind: bool,
+    /// When everything was looked at last.
+    looked: Instant,
     /// The agent's own cgroup.
     agent: Option<Cgroup>,
     selector: Selector,
@@ -154,7 +159,11 @@ impl Enforcement {
         let mut watch = Watch::default();
         if !is_our_own {
             let directory = mount.join(cgroup::below(&cgroup.path));
-            watch.set(Watched::path(&directory)).map_err(system(CANNOT_WATCH))?;
+            match watch.set(Watched::path(&directory)) {
+                // It is looked at every second, too.
+                Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => tracing::warn!(%error, "{CANNOT_WATCH}"),
+                watched => watched.map_err(system(CANNOT_WATCH))?,
+            }
         }
         let vigil = (socket_matching::is_possible() && !cgroup.is_root()).then(Vigil::default);
         let mut enforcement = Self {
@@ -173,6 +182,7 @@ impl Enforcement {
             watch,
             hierarchy,
             is_behind: false,
+            looked: Instant::now(),
             agent,
             selector,
             layout: Layout::default(),
@@ -219,8 +229,17 @@ impl Enforcement {
             .chain(unlearnt)
             .chain(unattached)
             .chain(self.too_deep())
+            .chain(self.unwatched())
             .chain(self.short_of_room())
             .collect()
+    }
+
+    /// That cgroups may come which nothing tells of.
+    fn unwatched(&self) -> Option<String> {
+        let unwatched = self.hierarchy.unwatched();
+        let (path, limit) = unwatched.first_key_value()?;
+        let (path, count, seconds) = (printable_bytes(&Path::new("/").join(path)), unwatched.len(), LOOK_AGAIN.as_secs());
+        Some(format!("{limit}; what comes below {count} cgroup(s), as {path}, is placed after up to {seconds} s"))
     }
 
     /// That policies may select cgroups which are too deep to be told apart.
@@ -339,6 +358,7 @@ impl Enforcement {
     }
 
     fn look(&mut self) -> Result<(), RunError> {
+        self.looked = Instant::now();
         let (selector, before) = (&mut self.selector, self.hierarchy.too_deep().len());
         self.hierarchy.look(&mut |path| selector.looks_below(path)).map_err(system(CANNOT_WATCH))?;
         self.warn_of_too_deep(before);
@@ -503,7 +523,8 @@ impl Enforcement {
 
     /// Forgets cgroups that went, and places those that could not be placed before.
     fn catch_up(&mut self) -> Result<(), RunError> {
-        if self.is_behind {
+        let may_have_come = !self.hierarchy.unwatched().is_empty() && self.looked.elapsed() >= LOOK_AGAIN;
+        if self.is_behind || may_have_come {
             self.place(Change::Tidy)?;
         } else if self.dataplane.is_untidy() {
             self.apply(Change::Tidy).inspect_err(|_| self.is_behind = true)?;

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::{OsStr, OsString},
     fs, io,
-    mem::MaybeUninit,
+    mem::{MaybeUninit, take},
     os::{
         fd::AsFd,
         unix::{ffi::OsStrExt, fs::MetadataExt},
@@ -41,6 +41,8 @@ pub(crate) struct Hierarchy {
     known: BTreeMap<PathBuf, u64>,
     /// Cgroups of the deepest level that is known, which are to be looked into and have cgroups below them.
     too_deep: BTreeSet<PathBuf>,
+    /// Cgroups that are to be looked into and cannot be watched, each with the limit that is reached.
+    unwatched: BTreeMap<PathBuf, String>,
     /// What is always known, if it is there: the agent's own cgroup.
     always: Option<PathBuf>,
     inotify: Inotify,
@@ -61,8 +63,8 @@ impl Hierarchy {
     pub(crate) fn new(mount: &Path, top: &Path, always: Option<&Path>) -> Self {
         let top = below(top).to_owned();
         let always = always.map(below).filter(|path| path.starts_with(&top)).map(Path::to_owned);
-        let (known, too_deep, watches) = (BTreeMap::new(), BTreeSet::new(), HashMap::new());
-        Self { mount: mount.to_owned(), top, known, too_deep, always, inotify: Inotify::default(), watches }
+        let (known, too_deep, unwatched, watches) = Default::default();
+        Self { mount: mount.to_owned(), top, known, too_deep, unwatched, always, inotify: Inotify::default(), watches }
     }
 
     /// The known cgroups, the top first and parents before children.
@@ -76,11 +78,18 @@ impl Hierarchy {
         &self.too_deep
     }
 
+    /// Cgroups below which others may come that nothing tells of, each with the limit that is reached: those that come are found
+    /// when everything is looked at again.
+    pub(crate) const fn unwatched(&self) -> &BTreeMap<PathBuf, String> {
+        &self.unwatched
+    }
+
     /// Looks at everything again, in a tokio runtime: the top, and the children of all that `looks_below` wants looked into. If that fails,
     /// what was known stays known.
     pub(crate) fn look(&mut self, looks_below: &mut dyn FnMut(&Path) -> bool) -> io::Result<()> {
-        let before = (std::mem::take(&mut self.known), std::mem::take(&mut self.too_deep));
-        self.visit(self.top.clone(), looks_below).inspect_err(|_| (self.known, self.too_deep) = before)
+        let before = (take(&mut self.known), take(&mut self.too_deep), take(&mut self.unwatched));
+        self.visit(self.top.clone(), looks_below)
+            .inspect_err(|_| (self.known, self.too_deep, self.unwatched) = before)
     }
 
     /// Waits until cgroups came or went.
@@ -124,6 +133,7 @@ impl Hierarchy {
         for path in below {
             self.known.remove(&path);
             self.too_deep.remove(&path);
+            self.unwatched.remove(&path);
         }
     }
 
@@ -173,7 +183,8 @@ impl Hierarchy {
         Ok(())
     }
 
-    /// Whether it is there to be watched.
+    /// Whether it is there to be watched. Where a limit of inotify is reached, it is remembered as unwatched: a workload that
+    /// makes cgroups until then must not hold up the policies of others.
     fn watch(&mut self, path: &Path) -> io::Result<bool> {
         let Some(directory) = unless_gone(reach(&self.mount.join(path)))? else { return Ok(false) };
         match self.inotify.watch(&directory, CHANGES) {
@@ -182,6 +193,10 @@ impl Hierarchy {
                 Ok(true)
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::QuotaExceeded => {
+                self.unwatched.insert(path.to_owned(), error.to_string());
+                Ok(true)
+            }
             Err(error) => Err(error),
         }
     }

@@ -114,18 +114,18 @@ fn queue() -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
-/// An error that names what is to be raised. Of descriptors and of queues the kernel says the same.
+/// An error that names what is to be raised, of kind [`io::ErrorKind::QuotaExceeded`]. Of descriptors and of queues the kernel says
+/// the same.
 fn limited(errno: Errno) -> io::Error {
-    match errno {
-        Errno::NOSPC => io::Error::other("no inotify watch is left: raise fs.inotify.max_user_watches"),
+    let limit = match errno {
+        Errno::NOSPC => "no inotify watch is left: raise fs.inotify.max_user_watches",
         Errno::MFILE if eventfd(0, EventfdFlags::CLOEXEC).is_ok() => {
-            io::Error::other("no inotify instance is left: raise fs.inotify.max_user_instances")
+            "no inotify instance is left: raise fs.inotify.max_user_instances"
         }
-        Errno::MFILE => {
-            io::Error::other("no descriptor is left: raise the limit of open files (LimitNOFILE=, ulimit -n)")
-        }
-        errno => errno.into(),
-    }
+        Errno::MFILE => "no descriptor is left: raise the limit of open files (LimitNOFILE=, ulimit -n)",
+        errno => return errno.into(),
+    };
+    io::Error::new(io::ErrorKind::QuotaExceeded, limit)
 }
 
 /// Reads all there is. Whether anything in it is a change.
