@@ -238,7 +238,8 @@ impl Enforcement {
     fn unwatched(&self) -> Option<String> {
         let unwatched = self.hierarchy.unwatched();
         let (path, limit) = unwatched.first_key_value()?;
-        let (path, count, seconds) = (printable_bytes(&Path::new("/").join(path)), unwatched.len(), LOOK_AGAIN.as_secs());
+        let (path, count, seconds) =
+            (printable_bytes(&Path::new("/").join(path)), unwatched.len(), LOOK_AGAIN.as_secs());
         Some(format!("{limit}; what comes below {count} cgroup(s), as {path}, is placed after up to {seconds} s"))
     }
 

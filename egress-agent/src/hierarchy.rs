@@ -88,8 +88,7 @@ impl Hierarchy {
     /// what was known stays known.
     pub(crate) fn look(&mut self, looks_below: &mut dyn FnMut(&Path) -> bool) -> io::Result<()> {
         let before = (take(&mut self.known), take(&mut self.too_deep), take(&mut self.unwatched));
-        self.visit(self.top.clone(), looks_below)
-            .inspect_err(|_| (self.known, self.too_deep, self.unwatched) = before)
+        self.visit(self.top.clone(), looks_below).inspect_err(|_| (self.known, self.too_deep, self.unwatched) = before)
     }
 
     /// Waits until cgroups came or went.

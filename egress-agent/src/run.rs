@@ -596,6 +596,8 @@ impl Outlets {
         resolver: &mut Resolver,
         signals: &mut Signals,
     ) -> Result<Option<(State, Option<Duration>)>, RunError> {
+        // What is said meanwhile is what led to the change.
+        self.post(&state, resolver, &Looking::default());
         self.board.begin(if again == Again::Names { Changing::Names } else { Changing::Policies });
         self.notifier.reloading();
         let apply = Box::pin(apply_again(again, state, resolver));
