@@ -489,6 +489,36 @@ mod tests {
         assert!(files.load(&during, false).unwrap().has_errors());
     }
 
+    /// A writer that comes after the first look, and truncates what is read then.
+    #[test]
+    fn half_of_a_file_is_never_read_whenever_its_writer_comes() {
+        let files = Files::new();
+        let texts: Vec<String> = ["first", "other"]
+            .map(|name| {
+                (0..200).map(|number| format!("---\n{}", entry(&format!("{name}-{number}"), "192.0.2.1"))).collect()
+            })
+            .into();
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let path = files.path("a.yaml");
+            fs::write(&path, &texts[0]).unwrap();
+            scope.spawn(|| {
+                for text in texts.iter().cycle().take_while(|_| !is_over.load(std::sync::atomic::Ordering::Relaxed)) {
+                    fs::write(files.path("a.yaml"), text).unwrap();
+                }
+            });
+            let mut read = Vec::new();
+            while read.len() < 5 {
+                if let Ok(loaded) = files.load(&Loaded::default(), false) {
+                    let found = loaded.policies.service_entries.iter();
+                    read.push(found.filter(|entry| entry.object.name.contains('-')).count());
+                }
+            }
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(read.iter().all(|&count| count == 200), "{read:?}");
+        });
+    }
+
     #[test]
     fn a_new_file_holds_the_others_back_or_is_left_out() {
         let files = Files::new();

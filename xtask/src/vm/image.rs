@@ -37,7 +37,7 @@ const MODULES: [&str; 17] = [
 ];
 
 /// Programs of the system that tests call and busybox does not replace.
-const PROGRAMS: [&str; 2] = ["ip", "unshare"];
+const PROGRAMS: [&str; 3] = ["ip", "nice", "unshare"];
 
 /// Programs of the tests' own, beside the test files.
 const ACTORS: [&str; 6] = ["actor", "asker", "dial", "escapee", "hammer", "quic"];

@@ -259,7 +259,11 @@ pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> 
     }
     let mut bytes = Vec::new();
     let most = MAX_FILE.min(*left);
-    file.take(most + 1).read_to_end(&mut bytes).map_err(failed)?;
+    (&file).take(most + 1).read_to_end(&mut bytes).map_err(failed)?;
+    // A writer may have come after the first look: what was read may be half of what it writes.
+    if options.follow && is_changed(&metadata, &file.metadata().map_err(failed)?) {
+        return Err(ReadError::BeingWritten);
+    }
     let length = bytes.len() as u64;
     if length > most {
         let message = if most < MAX_FILE {
@@ -271,6 +275,11 @@ pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> 
     }
     *left -= length;
     Ok(bytes)
+}
+
+fn is_changed(before: &Metadata, after: &Metadata) -> bool {
+    let state = |meta: &Metadata| (meta.len(), meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec());
+    state(before) != state(after)
 }
 
 /// Whoever can write a file, replace it, or put one beside it, can open every destination.
