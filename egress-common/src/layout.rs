@@ -4,7 +4,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{Hook, Lesson, Lifetime, Reason, Verdict};
 
-/// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted.
+/// Changes whenever a layout of this crate does. Programs and maps of another version are never adopted, but for [`map::PEERS`],
+/// whose name has a version of its own.
 pub const ABI_VERSION: u32 = 7;
 
 /// Most scopes at a time, those of a change that is being made included.
