@@ -215,6 +215,8 @@ pub fn load_after(paths: &[PathBuf], options: &LoadOptions, before: Before<'_>) 
     for mut found in files::find(paths, &mut Watched::default())? {
         let file: Arc<Path> = Arc::from(found.path.as_path());
         match files::read(&mut found, options, &mut left) {
+            // It was removed after the directory was read.
+            Err(_) if found.is_gone() => {}
             Ok(text) => loader.read(&file, &text),
             Err(files::ReadError::Finding(code, message, help)) => {
                 loader.files += 1;

@@ -80,6 +80,14 @@ impl Found {
     }
 }
 
+impl Found {
+    /// Whether it was found in a directory, and is not there any more; a link that leads nowhere still is.
+    pub(super) fn is_gone(&self) -> bool {
+        let is_missing = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
+        !self.named && fs::symlink_metadata(&self.path).is_err_and(is_missing)
+    }
+}
+
 /// Why a file was not read.
 pub(super) enum ReadError {
     /// Something to report.
