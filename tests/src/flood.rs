@@ -74,8 +74,8 @@ impl Kind {
 const LEVELS: usize = 1_000;
 const CGROUPS: usize = 10_000;
 /// Where floods want to go, and their neighbours: nobody opens these.
-const OF_FLOODS: &str = "192.0.2.66:6666";
-const OF_NEIGHBOURS: &str = "192.0.2.77:7777";
+const OF_FLOODS: &str = "203.0.113.66:6666";
+const OF_NEIGHBOURS: &str = "203.0.113.77:7777";
 
 /// A running flood; it ends, and its cgroups go, when dropped.
 #[derive(Debug)]

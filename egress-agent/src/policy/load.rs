@@ -521,6 +521,29 @@ mod tests {
         });
     }
 
+    /// A file that goes between the listing of its directory and its reading was not there; the others count.
+    #[test]
+    fn a_file_that_is_removed_meanwhile_is_no_error() {
+        let files = Files::new();
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                    fs::write(files.path(".next"), entry("coming", "192.0.2.1")).unwrap();
+                    fs::rename(files.path(".next"), files.path("c.yaml")).unwrap();
+                    fs::remove_file(files.path("c.yaml")).unwrap();
+                }
+            });
+            let loads: Vec<_> = (0..2_000).map(|_| files.load(&Loaded::default(), false)).collect();
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            for loaded in loads {
+                let loaded = loaded.unwrap();
+                assert!(!loaded.has_errors(), "{:?}", loaded.findings);
+                assert!(names(&loaded).starts_with(&["first", "second"]), "{:?}", names(&loaded));
+            }
+        });
+    }
+
     #[test]
     fn a_new_file_holds_the_others_back_or_is_left_out() {
         let files = Files::new();

@@ -16,6 +16,7 @@ use crate::{
     actor::Actor,
     cgroup::Cgroup,
     dial::{Call, Dialer, Method, Timed},
+    flood::{Flood, Kind},
     program,
     world::World,
 };
@@ -30,6 +31,8 @@ const MAX_DELAY: Duration = Duration::from_secs(1);
 const MAX_STATUS: Duration = Duration::from_millis(500);
 /// How deep the chain of cgroups is in which one of the floods lives.
 const DEEP: usize = 200;
+/// How long a process lives that makes each report of it dear.
+const HOSTILE: Duration = Duration::from_secs(3);
 
 /// The cgroups of the load, below the one that is filtered.
 pub struct Site {
@@ -37,6 +40,7 @@ pub struct Site {
     pub hammer: Cgroup,
     floods: [Cgroup; 2],
     deep: Vec<Cgroup>,
+    hostile: Cgroup,
     neighbour: Cgroup,
     churn: Cgroup,
     udp: Cgroup,
@@ -53,6 +57,7 @@ impl Site {
             hammer: child("hammer")?,
             floods: [child("flood-1")?, child("flood-2")?],
             deep: [top].into_iter().chain(below).collect(),
+            hostile: child("hostile")?,
             neighbour: child("neighbour")?,
             churn: child("churn")?,
             udp: child("udp")?,
@@ -89,6 +94,7 @@ impl<'a> Workers<'a> {
         }
         let (dialer, heard) = (self.dialer(&self.site.neighbour)?, self.supervisor.listen(self.site.neighbour.name()));
         running.push(scope.spawn(move || watched(workers.be_neighbour(dialer, &heard))));
+        running.push(scope.spawn(move || watched(workers.be_hostile())));
         running.push(scope.spawn(move || watched(workers.churn_cgroups())));
         running.push(scope.spawn(move || watched(workers.churn_policies())));
         running.push(scope.spawn(move || watched(workers.answer_peers())));
@@ -107,6 +113,22 @@ impl<'a> Workers<'a> {
         while worker.goes_on() {
             dialer.time(Timed::Connect, &call, 20_000)?;
         }
+        Ok(())
+    }
+
+    /// One after another, processes whose arguments make each report dear.
+    fn be_hostile(self) -> Result<()> {
+        let worker = self.stage.worker();
+        let mut lived = 0_u64;
+        for kind in [Kind::DeclaredArguments, Kind::Arguments, Kind::Names].into_iter().cycle() {
+            if !worker.goes_on() {
+                break;
+            }
+            let _flood = Flood::start(kind, &self.site.hostile, &self.site.world.namespace)?;
+            thread::sleep(HOSTILE);
+            lived += 1;
+        }
+        self.table.count("hostile processes", lived);
         Ok(())
     }
 

@@ -40,7 +40,7 @@ const MODULES: [&str; 17] = [
 const PROGRAMS: [&str; 3] = ["ip", "nice", "unshare"];
 
 /// Programs of the tests' own, beside the test files.
-const ACTORS: [&str; 6] = ["actor", "asker", "dial", "escapee", "hammer", "quic"];
+const ACTORS: [&str; 7] = ["actor", "asker", "dial", "escapee", "flood", "hammer", "quic"];
 
 /// The first process where there is no systemd: it makes ready what systemd would, and runs the tests.
 const INIT: &str = "#!/bin/busybox sh
