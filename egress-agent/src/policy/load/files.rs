@@ -80,14 +80,6 @@ impl Found {
     }
 }
 
-impl Found {
-    /// Whether it was found in a directory, and is not there any more; a link that leads nowhere still is.
-    pub(super) fn is_gone(&self) -> bool {
-        let is_missing = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
-        !self.named && fs::symlink_metadata(&self.path).is_err_and(is_missing)
-    }
-}
-
 /// Why a file was not read.
 pub(super) enum ReadError {
     /// Something to report.
@@ -96,6 +88,8 @@ pub(super) enum ReadError {
     Named(io::Error),
     /// It is open for writing, and was changed a moment ago: it may be half written.
     BeingWritten,
+    /// It was removed after its directory was listed; another may have come in its place. A link that leads nowhere is not gone.
+    Gone,
 }
 
 /// `F_SETSIG` of `asm-generic/fcntl.h`.
@@ -240,10 +234,13 @@ fn parts(path: &Path) -> impl Iterator<Item = OsString> {
 
 /// The bytes of a file; `left` is what may still be read of all files.
 pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> Result<Vec<u8>, ReadError> {
-    let named = found.named;
+    let (named, path) = (found.named, found.path.clone());
     let failed = |cause: io::Error| {
         if named {
             return ReadError::Named(cause);
+        }
+        if cause.kind() == io::ErrorKind::NotFound && !path.is_symlink() {
+            return ReadError::Gone;
         }
         let message = format!("cannot read this file: {cause}");
         ReadError::Finding(Code::Unreadable, message, "delete it, or make it readable")
