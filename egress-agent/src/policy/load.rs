@@ -434,7 +434,13 @@ fn not_utf8(file: &Arc<Path>, bytes: &[u8], valid: usize) -> Finding {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, fs::File, io::Write};
+    use std::{
+        fs,
+        fs::File,
+        io::Write,
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+    };
 
     use super::*;
 
@@ -477,6 +483,21 @@ mod tests {
         loaded.policies.service_entries.iter().map(|entry| entry.object.name.to_string()).collect()
     }
 
+    /// Does some work while another thread does something over and over.
+    fn beside<T>(over_and_over: impl Fn() + Sync, work: impl FnOnce() -> T) -> T {
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    over_and_over();
+                }
+            });
+            let done = work();
+            is_over.store(true, Ordering::Relaxed);
+            done
+        })
+    }
+
     #[test]
     fn what_a_file_said_before_counts_while_it_is_written() {
         let files = Files::new();
@@ -496,20 +517,14 @@ mod tests {
     #[test]
     fn half_of_a_file_is_never_read_whenever_its_writer_comes() {
         let files = Files::new();
-        let texts: Vec<String> = ["first", "other"]
-            .map(|name| {
-                (0..200).map(|number| format!("---\n{}", entry(&format!("{name}-{number}"), "192.0.2.1"))).collect()
-            })
-            .into();
-        let is_over = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let path = files.path("a.yaml");
-            fs::write(&path, &texts[0]).unwrap();
-            scope.spawn(|| {
-                for text in texts.iter().cycle().take_while(|_| !is_over.load(std::sync::atomic::Ordering::Relaxed)) {
-                    fs::write(files.path("a.yaml"), text).unwrap();
-                }
-            });
+        let texts = ["first", "other"].map(|name| {
+            let document = |number| format!("---\n{}", entry(&format!("{name}-{number}"), "192.0.2.1"));
+            (0..200).map(document).collect::<Vec<_>>().concat()
+        });
+        let path = files.path("a.yaml");
+        fs::write(&path, &texts[0]).unwrap();
+        let write = || texts.iter().for_each(|text| fs::write(&path, text).unwrap());
+        let read = beside(write, || {
             let mut read = Vec::new();
             while read.len() < 5 {
                 if let Ok(loaded) = files.load(&Loaded::default(), false) {
@@ -517,39 +532,33 @@ mod tests {
                     read.push(found.filter(|entry| entry.object.name.contains('-')).count());
                 }
             }
-            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
-            assert!(read.iter().all(|&count| count == 200), "{read:?}");
+            read
         });
+        assert!(read.iter().all(|&count| count == 200), "{read:?}");
     }
 
     /// A file that goes between the listing of its directory and its reading was not there; the others count.
     #[test]
     fn a_file_that_is_removed_meanwhile_is_no_error() {
         let files = Files::new();
-        let is_over = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
-                    fs::write(files.path(".next"), entry("coming", "192.0.2.1")).unwrap();
-                    fs::rename(files.path(".next"), files.path("c.yaml")).unwrap();
-                    fs::remove_file(files.path("c.yaml")).unwrap();
-                }
-            });
-            let loads: Vec<_> = (0..2_000).map(|_| files.load(&Loaded::default(), false)).collect();
-            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
-            for loaded in loads {
-                let loaded = match loaded {
-                    Ok(loaded) => loaded,
-                    // It went while it was read, so all is read again.
-                    Err(LoadError::BeingWritten { .. }) => continue,
-                    Err(error) => panic!("{error}"),
-                };
-                assert!(!loaded.has_errors(), "{:?}", loaded.findings);
-                let names = names(&loaded);
-                let stay = ["first", "second"];
-                assert!(stay.iter().all(|name| names.iter().any(|found| found == name)), "{names:?}");
-            }
-        });
+        let come_and_go = || {
+            fs::write(files.path(".next"), entry("coming", "192.0.2.1")).unwrap();
+            fs::rename(files.path(".next"), files.path("c.yaml")).unwrap();
+            fs::remove_file(files.path("c.yaml")).unwrap();
+        };
+        let load = || (0..2_000).map(|_| files.load(&Loaded::default(), false)).collect::<Vec<_>>();
+        for loaded in beside(come_and_go, load) {
+            let loaded = match loaded {
+                Ok(loaded) => loaded,
+                // It went while it was read, so all is read again.
+                Err(LoadError::BeingWritten { .. }) => continue,
+                Err(error) => panic!("{error}"),
+            };
+            assert!(!loaded.has_errors(), "{:?}", loaded.findings);
+            let names = names(&loaded);
+            let stay = ["first", "second"];
+            assert!(stay.iter().all(|name| names.iter().any(|found| found == name)), "{names:?}");
+        }
     }
 
     #[test]

@@ -120,10 +120,8 @@ impl<'a> Workers<'a> {
     fn be_hostile(self) -> Result<()> {
         let worker = self.stage.worker();
         let mut lived = 0_u64;
-        for kind in [Kind::DeclaredArguments, Kind::Arguments, Kind::Names].into_iter().cycle() {
-            if !worker.goes_on() {
-                break;
-            }
+        let kinds = [Kind::DeclaredArguments, Kind::Arguments, Kind::Names].into_iter().cycle();
+        for kind in kinds.take_while(|_| worker.goes_on()) {
             let _flood = Flood::start(kind, &self.site.hostile, &self.site.world.namespace)?;
             thread::sleep(HOSTILE);
             lived += 1;

@@ -234,18 +234,19 @@ fn parts(path: &Path) -> impl Iterator<Item = OsString> {
 
 /// The bytes of a file; `left` is what may still be read of all files.
 pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> Result<Vec<u8>, ReadError> {
-    let (named, path) = (found.named, found.path.clone());
+    let unknown = found.error.take();
+    let found = &*found;
     let failed = |cause: io::Error| {
-        if named {
+        if found.named {
             return ReadError::Named(cause);
         }
-        if cause.kind() == io::ErrorKind::NotFound && !path.is_symlink() {
+        if cause.kind() == io::ErrorKind::NotFound && !found.path.is_symlink() {
             return ReadError::Gone;
         }
         let message = format!("cannot read this file: {cause}");
         ReadError::Finding(Code::Unreadable, message, "delete it, or make it readable")
     };
-    if let Some(error) = found.error.take() {
+    if let Some(error) = unknown {
         return Err(failed(error));
     }
     let metadata = fs::metadata(&found.path).map_err(failed)?;
@@ -266,7 +267,7 @@ pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> 
     let most = MAX_FILE.min(*left);
     (&file).take(most + 1).read_to_end(&mut bytes).map_err(failed)?;
     // A writer may have come after the first look: what was read may be half of what it writes.
-    if options.follow && is_changed(&metadata, &file.metadata().map_err(failed)?) {
+    if options.follow && Stamp::new(&metadata) != Stamp::new(&file.metadata().map_err(failed)?) {
         return Err(ReadError::BeingWritten);
     }
     let length = bytes.len() as u64;
@@ -280,11 +281,6 @@ pub(super) fn read(found: &mut Found, options: &LoadOptions, left: &mut u64) -> 
     }
     *left -= length;
     Ok(bytes)
-}
-
-fn is_changed(before: &Metadata, after: &Metadata) -> bool {
-    let state = |meta: &Metadata| (meta.len(), meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec());
-    state(before) != state(after)
 }
 
 /// Whoever can write a file, replace it, or put one beside it, can open every destination.
